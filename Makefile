@@ -1,0 +1,40 @@
+# Everything runs in .venv, made on first use. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help demo test check bench soak clean
+help:
+	@echo "make demo    the main job on real trained weights, and the puzzle"
+	@echo "make test    the test suite"
+	@echo "make check   format, lint, types, doctests, import layers"
+	@echo "make bench   speed, as ratios against named peers"
+	@echo "make soak    long campaigns"
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.ready
+	@$(BIN)/python examples/demo.py
+
+test: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+
+check: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --doctest-modules src/triptych
+	$(BIN)/python -m pytest tests/test_layers.py
+
+bench: .venv/.ready
+	$(BIN)/python bench/tensors.py
+	$(BIN)/python bench/convert.py
+
+soak: .venv/.ready
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n 2 tests
+
+clean:
+	rm -rf .venv .demo .bench build dist src/*.egg-info

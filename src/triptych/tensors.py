@@ -1,0 +1,476 @@
+"""split, fuse, repack on NumPy arrays and torch tensors. Values are moved, never decoded; views where a view exists."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from .errors import LayoutError, SizeError
+from .layout import Factor, Layout, Path, Sum, count
+from .rowmap import ZERO, RowMap, between, from_indices, parts
+from .sizes import Sizes, bind
+
+Tensor = Any
+"""numpy.ndarray or torch.Tensor. Torch is never imported here: its tensors bring their own methods."""
+
+MAX_STRIDED_BLOCKS = 64
+
+
+class Parts(tuple[Tensor, ...]):
+    """The parts of a split, in the order q, k, v, gate, up, others; also by name: `parts.q`, `parts["q.rot"]`."""
+
+    names: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in self.names:
+            return tuple.__getitem__(self, self.names.index(name))
+        raise AttributeError(f"no part {name!r}; there are {', '.join(self.names)}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _named, (self.names, tuple(self))
+
+
+@lru_cache(maxsize=256)
+def _kind(names: tuple[str, ...]) -> type[Parts]:
+    return type("Parts", (Parts,), {"names": names})
+
+
+def _named(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Parts:
+    return _kind(names)(tensors)
+
+
+def split(tensor: Tensor, layout: Layout | str, axis: int = -1, **sizes: int) -> Parts:
+    """The parts of a packed axis, which becomes two axes (heads, dims): [..., rows] -> [..., heads, dims] for each part.
+
+    Args:
+        tensor: an activation [..., rows], or with axis=0 a weight [rows, in] or a bias [rows]; NumPy or torch, any dtype, any strides.
+        layout: how the rows lie.
+        axis: the packed axis.
+        sizes: any that determine the layout together with the row count.
+    Returns: a tuple in the order q, k, v, gate, up, then others as they appear; also by name. A part is a *view* whenever its
+        heads lie at one stride and its dims at one stride. That holds for every part with one head axis and one dim axis; two
+        head axes (`q` of `g (q r|k|v) d` with g, r > 1; tiled `r g`) or two dim axes out of order (`p c`) need a *copy*.
+        Gradients flow through either.
+    Raises SizeError when the rows do not fill the layout.
+
+    >>> q, k, v = split(np.arange(12), "h (q|k|v) d", h=2)
+    >>> q.tolist(), k.tolist()
+    ([[0, 1], [6, 7]], [[2, 3], [8, 9]])
+    """
+    try:
+        reader = _READERS[(layout, tensor.shape[axis], *sizes.items())]
+    except (KeyError, TypeError, IndexError):
+        reader = _reader_for(tensor, layout, axis, sizes)
+    quick = reader.quick
+    if quick is not None and not isinstance(tensor, np.ndarray):  # one view, one unbind
+        pieces = tensor.unflatten(axis, quick.shape).unbind(axis + quick.cut if axis >= 0 else axis + quick.cut - len(quick.shape) + 1)
+        return reader.kind(pieces if reader.in_order else [pieces[i] for i in reader.order])
+    views: list[Tensor] = []
+    _open(tensor, axis if axis >= 0 else axis + tensor.ndim, reader.root, views)
+    return reader.kind([views[i] for i in reader.order])
+
+
+def fuse(
+    tensors: Mapping[str, Tensor] | Sequence[Tensor], layout: Layout | str, axis: int = -1, out: Tensor | None = None, **sizes: int
+) -> Tensor:
+    """The inverse of `split`: parts [..., heads, dims] -> [..., rows], laid out as `layout`.
+
+    Args:
+        tensors: by part name, or in the order in which `split` returns them. Parts declared zero (k=0) may be left out;
+            of aliased parts (k=v) one is enough.
+        axis: the place of the packed axis in the result; each part has (heads, dims) there.
+        out: where to write; then nothing is allocated and `out` is returned.
+        sizes: needed only where the shapes leave them open.
+    Returns: a new tensor, or `out`. Gradients flow through.
+    Raises LayoutError for missing or surplus parts, SizeError for shapes that do not fit.
+
+    >>> fuse({"q": np.array([[0, 1]]), "k": np.array([[2, 3]]), "v": np.array([[4, 5]])}, "h (q|k|v) d").tolist()
+    [0, 1, 2, 3, 4, 5]
+    """
+    layout = Layout(layout)
+    named = _by_name(tensors, layout)
+    some = next(iter(named.values()))
+    axis = _axis(axis, some.ndim - 1, some.shape)
+    bound = bind(layout, **{**_sizes_of(layout, named, axis), **sizes})
+    batch = (*some.shape[:axis], *some.shape[axis + 2 :])
+    for part in parts(layout, bound):
+        for name in part.path.names:
+            if name in named and _shape(named[name]) != (*batch[:axis], *part.shape, *batch[axis:]):
+                raise SizeError(
+                    "a part does not fit the layout",
+                    tensor=name,
+                    layout=f"{layout} with {bound.of(layout)}",
+                    expected=(*batch[:axis], *part.shape, *batch[axis:]),
+                    found=_shape(named[name]),
+                )
+    reader = _reader(layout, bound)
+    if out is None:
+        return _close(iter([named.get(leaf.name) for leaf in reader.leaves]), axis, reader.root, batch, some)
+    wanted = (*batch[:axis], count(layout.factors, bound), *batch[axis:])
+    if _shape(out) != wanted or out.dtype != some.dtype:
+        raise SizeError("`out` does not fit", expected=f"{wanted} {some.dtype}", found=f"{_shape(out)} {out.dtype}")
+    views: list[Tensor] = []
+    _open(out, axis, reader.root, views, merge=False)
+    for view, leaf in zip(views, reader.leaves, strict=True):
+        if named.get(leaf.name) is None:
+            view[...] = 0
+        else:
+            view[...] = leaf.unmerge(named[leaf.name], axis)
+    return out
+
+
+def repack(tensor: Tensor, source: Layout | str, target: Layout | str, axis: int = -1, out: Tensor | None = None, **sizes: int) -> Tensor:
+    """Rows laid out as `source`, laid out as `target`; same values, same dtype, other order.
+
+    Args:
+        axis: the packed axis: 0 for a weight [rows, in] or a bias, -1 for an activation or a Conv1D weight [in, rows].
+        out: where to write, not overlapping `tensor`; at the speed of a copy, where a fresh tensor costs several times that.
+    Returns: a new tensor, or `out`. Gradients flow through when `out` is not given.
+    Raises IncompatibleError when the layouts label different rows, SizeError when the rows do not fill them,
+        LayoutError when rows that `source` declares zero (k=0) are not zero.
+
+    >>> repack(np.arange(6), "h (q|k|v) d", "(q|k|v) h d", h=2).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    source, target = Layout(source), Layout(target)
+    axis = _axis(axis, tensor.ndim, tensor.shape)
+    bound = bind(source, target, rows=tensor.shape[axis], **sizes)
+    for part in parts(source, bound):
+        if part.path.zero and bool((move(tensor, from_indices(part.rows().ravel(), tensor.shape[axis]), axis) != 0).any()):
+            raise LayoutError(
+                "rows that the layout declares zero are not zero",
+                layout=f"{source} with {bound.of(source)}",
+                found=f"part {part.path.names[0]} holds other values",
+                try_=f"write {part.path.names[0]} without =0",
+            )
+    return move(tensor, between(source, target, bound), axis, out)
+
+
+def move(tensor: Tensor, rows: RowMap, axis: int = 0, out: Tensor | None = None) -> Tensor:
+    """Apply a row map along `axis`: result row i is source row `rows.indices[i]`, or zero. For orders that no layout can say.
+
+    Returns: a new tensor, or `out`, which must not overlap `tensor`. Gradients flow through when `out` is not given.
+    Raises SizeError for another number of rows.
+    """
+    axis = _axis(axis, tensor.ndim, tensor.shape)
+    shape = _shape(tensor)
+    wanted = (*shape[:axis], rows.rows_out, *shape[axis + 1 :])
+    if shape[axis] != rows.rows_in:
+        raise SizeError("the map does not fit", expected=f"{rows.rows_in} rows", found=f"{shape}   -> {shape[axis]} rows")
+    if out is not None and (_shape(out) != wanted or out.dtype != tensor.dtype):
+        raise SizeError("`out` does not fit", expected=f"{wanted} {tensor.dtype}", found=f"{_shape(out)} {out.dtype}")
+    if out is not None and _overlap(tensor, out):
+        raise LayoutError("`out` shares memory with the source", try_="give another tensor: rows would be overwritten before they are read")
+    if _tracks_gradients(tensor):
+        if out is not None:
+            raise LayoutError("`out` and gradients exclude each other", try_="leave `out` away, or work under torch.no_grad()")
+        return _gather(tensor, rows, axis)
+    result = out if out is not None else _empty(tensor, wanted)
+    source, target = _bits(tensor), _bits(result)
+    if sum(block.rows for block in rows.blocks) < rows.rows_out:
+        target[...] = 0
+    if len(rows.blocks) > MAX_STRIDED_BLOCKS:
+        for at, into, length in rows.runs.tolist():
+            if into >= 0:
+                _window(target, axis, at, length)[...] = _window(source, axis, into, length)
+        return result
+    for block in rows.blocks:
+        sizes = [dim.size for dim in block.dims] or [1]
+        _strided(target, axis, block.out, sizes, [dim.out for dim in block.dims] or [1])[...] = _strided(
+            source, axis, block.into, sizes, [dim.into for dim in block.dims] or [1]
+        )
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """One part after all cuts: axes `shape` in row order; `perm` puts them into counting order; `final` is (heads, dims)."""
+
+    name: str
+    shape: tuple[int, ...]
+    perm: tuple[int, ...]
+    final: tuple[int, int]
+
+    @property
+    def counted(self) -> tuple[int, ...]:
+        """`shape` in counting order."""
+        return tuple(self.shape[i] for i in self.perm)
+
+    @property
+    def ordered(self) -> bool:
+        return self.perm == tuple(range(len(self.perm)))
+
+    def merge(self, view: Tensor, axis: int) -> Tensor:
+        """[..., *shape, ...] -> [..., heads, dims, ...]; a view if the strides allow it."""
+        if not self.ordered:
+            view = _permute(view, axis, self.perm)
+        if self.counted != self.final:
+            at = axis + len(self.shape)
+            view = view.reshape((*view.shape[:axis], *self.final, *view.shape[at:]))
+        return view
+
+    def unmerge(self, part: Tensor, axis: int) -> Tensor:
+        """[..., heads, dims, ...] -> [..., *shape, ...]; always a view: axes are only cut."""
+        if self.counted != self.final:
+            part = part.reshape((*part.shape[:axis], *self.counted, *part.shape[axis + 2 :]))
+        if not self.ordered:
+            part = _permute(part, axis, tuple(self.perm.index(i) for i in range(len(self.perm))))
+        return part
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """One step of opening a packed axis: cut axis `at` into `shape`, then take the pieces of axis `cut`."""
+
+    at: int
+    shape: Any  # tuple[int, ...], or None when there is nothing to cut
+    cut: int
+    pieces: tuple[tuple[int, int, _Node], ...]  # (start, width, what follows)
+    single: bool  # all pieces are one wide and lose the axis
+    leaf: _Leaf | None
+
+    @property
+    def quick(self) -> _Node | None:
+        """This node, when its pieces are the parts as they are handed out."""
+        plain = all(child.leaf is not None and child.leaf.shape == child.leaf.final and child.leaf.ordered for _, _, child in self.pieces)
+        return self if self.single and self.shape is not None and plain else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    root: _Node
+    leaves: tuple[_Leaf, ...]
+    order: tuple[int, ...]  # for every part handed out, its leaf
+    in_order: bool
+    kind: type[Parts]
+    quick: _Node | None
+
+
+_READERS: dict[tuple[object, ...], _Reader] = {}
+
+
+def _reader_for(tensor: Tensor, layout: Layout | str, axis: int, sizes: Mapping[str, int]) -> _Reader:
+    """The slow way to a reader, with all checks; remembers it for the exact call."""
+    shape = _shape(tensor)
+    at = _axis(axis, len(shape), shape)
+    value = Layout(layout)
+    reader = _reader(value, bind(value, rows=shape[at], **sizes))
+    if len(_READERS) > 4096:
+        _READERS.clear()
+    _READERS[(layout, shape[at], *sizes.items())] = reader
+    return reader
+
+
+@lru_cache(maxsize=1024)
+def _reader(layout: Layout, sizes: Sizes) -> _Reader:
+    leaves: list[_Leaf] = []
+    root = _node(layout.factors, 0, layout.factors, sizes, iter(layout.paths), leaves)
+    at = {name: i for i, path in enumerate(layout.paths) for name in path.names}
+    order = tuple(at[name] for name in layout.parts)
+    return _Reader(root, tuple(leaves), order, order == tuple(range(len(leaves))), _kind(layout.parts), root.quick)
+
+
+def _node(
+    factors: tuple[Factor, ...], at: int, fresh: tuple[Factor, ...], sizes: Sizes, paths: Iterator[Path], leaves: list[_Leaf]
+) -> _Node:
+    """The step that opens `factors`, of which `fresh` still stand as one axis at `at`."""
+    widths = tuple(count((factor,), sizes) for factor in fresh)
+    shape = None if len(widths) == 1 else widths
+    cut = next((i for i, factor in enumerate(factors) if isinstance(factor, Sum)), None)
+    if cut is None:
+        leaf = _leaf(next(paths), tuple(count((factor,), sizes) for factor in factors))
+        leaves.append(leaf)
+        return _Node(at, shape, 0, (), False, leaf)
+    branches = factors[cut].branches  # type: ignore[union-attr]
+    single = all(not branch.factors for branch in branches)
+    pieces = []
+    start = 0
+    for branch in branches:
+        width = count(branch.factors, sizes)
+        inner = (*factors[:cut], *branch.factors, *factors[cut + 1 :])
+        child = _node(inner, cut, branch.factors, sizes, paths, leaves)
+        pieces.append((start, width, replace(child, shape=None) if single else child))
+        start += width
+    return _Node(at, shape, cut, tuple(pieces), single, None)
+
+
+def _leaf(path: Path, shape: tuple[int, ...]) -> _Leaf:
+    counted = (*path.heads, *path.dims)
+    size = dict(zip(path.axes, shape, strict=True))
+    heads, dims = math.prod(size[a] for a in path.heads), math.prod(size[a] for a in path.dims)
+    return _Leaf(path.names[0], shape, tuple(path.axes.index(a) for a in counted), (heads, dims))
+
+
+def _open(tensor: Tensor, axis: int, node: _Node, views: list[Tensor], merge: bool = True) -> None:
+    """Append a view of every leaf, or with `merge` its [..., heads, dims, ...] form. Cutting axes never copies."""
+    if node.shape is not None:
+        at = axis + node.at
+        shape = tensor.shape
+        tensor = tensor.reshape((*shape[:at], *node.shape, *shape[at + 1 :]))
+    if node.leaf is not None:
+        views.append(node.leaf.merge(tensor, axis) if merge else tensor)
+    elif node.single:
+        for piece, (_, _, child) in zip(_unbind(tensor, axis + node.cut), node.pieces, strict=True):
+            _open(piece, axis, child, views, merge)
+    else:
+        for start, width, child in node.pieces:
+            _open(_window(tensor, axis + node.cut, start, width), axis, child, views, merge)
+
+
+def _close(tensors: Iterator[Tensor], axis: int, node: _Node, batch: tuple[int, ...], like: Tensor) -> Tensor:
+    """The way back: leaves in order -> packed axis. A missing (zero) leaf becomes zeros."""
+    if node.leaf is not None:
+        part = next(tensors)
+        tensor = _zeros(like, (*batch[:axis], *node.leaf.shape, *batch[axis:])) if part is None else node.leaf.unmerge(part, axis)
+    else:
+        pieces = [_close(tensors, axis, child, batch, like) for _, _, child in node.pieces]
+        tensor = _join(pieces, axis + node.cut, node.single)
+    if node.shape is None:
+        return tensor
+    at = axis + node.at
+    shape = tensor.shape
+    return tensor.reshape((*shape[:at], math.prod(node.shape), *shape[at + len(node.shape) :]))
+
+
+def _by_name(tensors: Mapping[str, Tensor] | Sequence[Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Parts by the first name of their path, complete."""
+    if not isinstance(tensors, Mapping):
+        if len(tensors) != len(layout.parts):
+            raise LayoutError(
+                "another number of parts", layout=str(layout), expected=", ".join(layout.parts), found=f"{len(tensors)} tensors"
+            )
+        tensors = dict(zip(layout.parts, tensors, strict=True))
+    surplus = [name for name in tensors if name not in layout.parts]
+    missing = [p.names[0] for p in layout.paths if not p.zero and not any(name in tensors for name in p.names)]
+    if surplus or missing:
+        raise LayoutError(
+            "parts do not match the layout", layout=str(layout), expected=", ".join(layout.parts), found=", ".join(tensors) or "none"
+        )
+    named = {}
+    for path in layout.paths:
+        given = [tensors[name] for name in path.names if name in tensors]
+        for other in given[1:]:
+            if _shape(other) != _shape(given[0]) or not bool((_bits(other) == _bits(given[0])).all()):
+                raise LayoutError(
+                    f"{' and '.join(path.names)} are one tensor in this layout", layout=str(layout), found="two tensors that differ"
+                )
+        if given:
+            named[path.names[0]] = given[0]
+    if not named:
+        raise LayoutError("at least one part must be given", layout=str(layout), found="none")
+    return named
+
+
+def _sizes_of(layout: Layout, named: Mapping[str, Tensor], axis: int) -> dict[str, int]:
+    """The sizes that the parts' shapes tell: a single axis, or a full product such as heads = g * r = h."""
+    found: dict[str, int] = {}
+    for path in layout.paths:
+        if path.names[0] not in named:
+            continue
+        for axes_, size in zip((path.heads, path.dims), _shape(named[path.names[0]])[axis : axis + 2], strict=True):
+            axis_ = _PRODUCT_NAMES.get(axes_) or (axes_[0] if len(axes_) == 1 else None)
+            if axis_:
+                found.setdefault(axis_, size)
+    return found
+
+
+_PRODUCT_NAMES = {("g", "r"): "h", ("t", "n", "r"): "h", ("m", "n", "r"): "h", ("t", "n"): "g", ("m", "n"): "g", ("c", "p"): "d"}
+
+
+def _axis(axis: int, ndim: int, shape: tuple[int, ...]) -> int:
+    if not -ndim <= axis < ndim:
+        raise SizeError("no such axis", expected=f"{-ndim} to {ndim - 1}", found=f"axis {axis} of {tuple(shape)}")
+    return axis % ndim
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _permute(tensor: Tensor, axis: int, perm: tuple[int, ...]) -> Tensor:
+    order = (*range(axis), *(axis + i for i in perm), *range(axis + len(perm), tensor.ndim))
+    return tensor.transpose(order) if isinstance(tensor, np.ndarray) else tensor.permute(order)
+
+
+def _unbind(tensor: Tensor, axis: int) -> Sequence[Tensor]:
+    if isinstance(tensor, np.ndarray):
+        return [tensor[(slice(None),) * axis + (i,)] for i in range(tensor.shape[axis])]
+    return tensor.unbind(axis)  # type: ignore[no-any-return]
+
+
+def _window(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
+    if isinstance(tensor, np.ndarray):
+        return tensor[(slice(None),) * axis + (slice(start, start + length),)]
+    return tensor.narrow(axis, start, length)
+
+
+def _join(pieces: Sequence[Tensor], axis: int, new_axis: bool) -> Tensor:
+    if isinstance(pieces[0], np.ndarray):
+        return np.stack(pieces, axis) if new_axis else np.concatenate(pieces, axis)
+    torch = sys.modules["torch"]
+    return torch.stack(tuple(pieces), axis) if new_axis else torch.cat(tuple(pieces), axis)
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return np.zeros(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_zeros(shape)
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return np.empty(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_empty(shape)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers, so that copies and comparisons see bits; 16-byte and integer values stay as they are."""
+    if tensor.dtype.itemsize > 8:
+        return tensor
+    if isinstance(tensor, np.ndarray):
+        return tensor.view(f"u{tensor.dtype.itemsize}")
+    torch = sys.modules["torch"]
+    plain = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    return tensor.detach().view(plain)
+
+
+def _strided(tensor: Tensor, axis: int, start: int, sizes: Sequence[int], steps: Sequence[int]) -> Tensor:
+    """A view of `axis` as a nest of steps, in rows, from row `start`."""
+    shape = _shape(tensor)
+    shape = (*shape[:axis], *sizes, *shape[axis + 1 :])
+    if isinstance(tensor, np.ndarray):
+        strides = (*tensor.strides[:axis], *(step * tensor.strides[axis] for step in steps), *tensor.strides[axis + 1 :])
+        return np.lib.stride_tricks.as_strided(_window(tensor, axis, start, 1), shape, strides)
+    unit = tensor.stride(axis)
+    strides = (*tensor.stride()[:axis], *(step * unit for step in steps), *tensor.stride()[axis + 1 :])
+    return tensor.as_strided(shape, strides, tensor.storage_offset() + start * unit)
+
+
+def _gather(tensor: Tensor, rows: RowMap, axis: int) -> Tensor:
+    """The same by index_select, which autograd can follow; zeros come from an extra row at the end."""
+    torch = sys.modules["torch"]
+    index = torch.from_numpy(rows.indices.copy()).to(tensor.device)
+    if rows.indices.min(initial=0) == ZERO:
+        shape = _shape(tensor)
+        tensor = torch.cat((tensor, tensor.new_zeros((*shape[:axis], 1, *shape[axis + 1 :]))), axis)
+        index = torch.where(index == ZERO, rows.rows_in, index)
+    return tensor.index_select(axis, index)
+
+
+def _tracks_gradients(tensor: Tensor) -> bool:
+    return bool(getattr(tensor, "requires_grad", False)) and bool(sys.modules["torch"].is_grad_enabled())
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and np.may_share_memory(a, b)
+    spans = []
+    for tensor in (a, b):
+        reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        spans.append((tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.dtype.itemsize))
+    return bool(a.device == b.device and spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1])
