@@ -77,9 +77,10 @@ def _bind(layouts: tuple[Layout, ...], rows: int | None, given: tuple[tuple[str,
     if rows is not None and rows < 1:
         raise SizeError("a packed axis needs at least one row", layout=" and ".join(map(str, layouts)), found=f"{rows} rows")
     known = axes.resolve(sizes, used, n_is_free)
-    if _missing(known, used) and _one_q_per_kv(layouts):
-        sizes = {**sizes, "r": known.get("r", 1)}
-        known = axes.resolve(sizes, used, n_is_free)
+    if _one_q_per_kv(layouts):
+        trial = axes.resolve({**sizes, "r": known.get("r", 1)}, used, n_is_free)
+        if len(_missing(trial, used)) < len(_missing(known, used)):
+            sizes, known = {**sizes, "r": trial["r"]}, trial
     if rows is not None and _missing(known, used):
         known = _solve(layouts, rows, sizes, used, n_is_free)
     missing = _missing(known, used)

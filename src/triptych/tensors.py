@@ -11,13 +11,25 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import (
+    Tensor,
+    bits,
+    empty_like,
+    join,
+    normal_axis,
+    overlaps,
+    permute,
+    shape_of,
+    strided,
+    tracks_gradients,
+    unbind,
+    window,
+    zeros_like,
+)
 from .errors import LayoutError, SizeError
 from .layout import Factor, Layout, Path, Sum, count
 from .rowmap import ZERO, RowMap, between, from_indices, parts
 from .sizes import Sizes, bind
-
-Tensor = Any
-"""numpy.ndarray or torch.Tensor. Torch is never imported here: its tensors bring their own methods."""
 
 MAX_STRIDED_BLOCKS = 64
 
@@ -67,16 +79,11 @@ def split(tensor: Tensor, layout: Layout | str, axis: int = -1, **sizes: int) ->
     ([[0, 1], [6, 7]], [[2, 3], [8, 9]])
     """
     try:
-        reader = _READERS[(layout, tensor.shape[axis], *sizes.items())]
-    except (KeyError, TypeError, IndexError):
-        reader = _reader_for(tensor, layout, axis, sizes)
-    quick = reader.quick
-    if quick is not None and not isinstance(tensor, np.ndarray):  # one view, one unbind
-        pieces = tensor.unflatten(axis, quick.shape).unbind(axis + quick.cut if axis >= 0 else axis + quick.cut - len(quick.shape) + 1)
-        return reader.kind(pieces if reader.in_order else [pieces[i] for i in reader.order])
-    views: list[Tensor] = []
-    _open(tensor, axis if axis >= 0 else axis + tensor.ndim, reader.root, views)
-    return reader.kind([views[i] for i in reader.order])
+        shape, cut, kind, order = _QUICK[(layout, axis, type(tensor), tensor.shape, *sizes.items())]
+    except (KeyError, TypeError):
+        return _split(tensor, layout, axis, sizes)
+    pieces = tensor.view(shape).unbind(cut)
+    return kind(pieces if order is None else [pieces[i] for i in order])
 
 
 def fuse(
@@ -99,25 +106,25 @@ def fuse(
     layout = Layout(layout)
     named = _by_name(tensors, layout)
     some = next(iter(named.values()))
-    axis = _axis(axis, some.ndim - 1, some.shape)
+    axis = normal_axis(axis, some.ndim - 1, some.shape)
     bound = bind(layout, **{**_sizes_of(layout, named, axis), **sizes})
     batch = (*some.shape[:axis], *some.shape[axis + 2 :])
     for part in parts(layout, bound):
         for name in part.path.names:
-            if name in named and _shape(named[name]) != (*batch[:axis], *part.shape, *batch[axis:]):
+            if name in named and shape_of(named[name]) != (*batch[:axis], *part.shape, *batch[axis:]):
                 raise SizeError(
                     "a part does not fit the layout",
                     tensor=name,
                     layout=f"{layout} with {bound.of(layout)}",
                     expected=(*batch[:axis], *part.shape, *batch[axis:]),
-                    found=_shape(named[name]),
+                    found=shape_of(named[name]),
                 )
     reader = _reader(layout, bound)
     if out is None:
         return _close(iter([named.get(leaf.name) for leaf in reader.leaves]), axis, reader.root, batch, some)
     wanted = (*batch[:axis], count(layout.factors, bound), *batch[axis:])
-    if _shape(out) != wanted or out.dtype != some.dtype:
-        raise SizeError("`out` does not fit", expected=f"{wanted} {some.dtype}", found=f"{_shape(out)} {out.dtype}")
+    if shape_of(out) != wanted or out.dtype != some.dtype:
+        raise SizeError("`out` does not fit", expected=f"{wanted} {some.dtype}", found=f"{shape_of(out)} {out.dtype}")
     views: list[Tensor] = []
     _open(out, axis, reader.root, views, merge=False)
     for view, leaf in zip(views, reader.leaves, strict=True):
@@ -142,7 +149,7 @@ def repack(tensor: Tensor, source: Layout | str, target: Layout | str, axis: int
     [0, 3, 1, 4, 2, 5]
     """
     source, target = Layout(source), Layout(target)
-    axis = _axis(axis, tensor.ndim, tensor.shape)
+    axis = normal_axis(axis, tensor.ndim, tensor.shape)
     bound = bind(source, target, rows=tensor.shape[axis], **sizes)
     for part in parts(source, bound):
         if part.path.zero and bool((move(tensor, from_indices(part.rows().ravel(), tensor.shape[axis]), axis) != 0).any()):
@@ -161,31 +168,31 @@ def move(tensor: Tensor, rows: RowMap, axis: int = 0, out: Tensor | None = None)
     Returns: a new tensor, or `out`, which must not overlap `tensor`. Gradients flow through when `out` is not given.
     Raises SizeError for another number of rows.
     """
-    axis = _axis(axis, tensor.ndim, tensor.shape)
-    shape = _shape(tensor)
+    axis = normal_axis(axis, tensor.ndim, tensor.shape)
+    shape = shape_of(tensor)
     wanted = (*shape[:axis], rows.rows_out, *shape[axis + 1 :])
     if shape[axis] != rows.rows_in:
         raise SizeError("the map does not fit", expected=f"{rows.rows_in} rows", found=f"{shape}   -> {shape[axis]} rows")
-    if out is not None and (_shape(out) != wanted or out.dtype != tensor.dtype):
-        raise SizeError("`out` does not fit", expected=f"{wanted} {tensor.dtype}", found=f"{_shape(out)} {out.dtype}")
-    if out is not None and _overlap(tensor, out):
+    if out is not None and (shape_of(out) != wanted or out.dtype != tensor.dtype):
+        raise SizeError("`out` does not fit", expected=f"{wanted} {tensor.dtype}", found=f"{shape_of(out)} {out.dtype}")
+    if out is not None and overlaps(tensor, out):
         raise LayoutError("`out` shares memory with the source", try_="give another tensor: rows would be overwritten before they are read")
-    if _tracks_gradients(tensor):
+    if tracks_gradients(tensor):
         if out is not None:
             raise LayoutError("`out` and gradients exclude each other", try_="leave `out` away, or work under torch.no_grad()")
         return _gather(tensor, rows, axis)
-    result = out if out is not None else _empty(tensor, wanted)
-    source, target = _bits(tensor), _bits(result)
+    result = out if out is not None else empty_like(tensor, wanted)
+    source, target = bits(tensor), bits(result)
     if sum(block.rows for block in rows.blocks) < rows.rows_out:
         target[...] = 0
     if len(rows.blocks) > MAX_STRIDED_BLOCKS:
         for at, into, length in rows.runs.tolist():
             if into >= 0:
-                _window(target, axis, at, length)[...] = _window(source, axis, into, length)
+                window(target, axis, at, length)[...] = window(source, axis, into, length)
         return result
     for block in rows.blocks:
         sizes = [dim.size for dim in block.dims] or [1]
-        _strided(target, axis, block.out, sizes, [dim.out for dim in block.dims] or [1])[...] = _strided(
+        strided(target, axis, block.out, sizes, [dim.out for dim in block.dims] or [1])[...] = strided(
             source, axis, block.into, sizes, [dim.into for dim in block.dims] or [1]
         )
     return result
@@ -212,7 +219,7 @@ class _Leaf:
     def merge(self, view: Tensor, axis: int) -> Tensor:
         """[..., *shape, ...] -> [..., heads, dims, ...]; a view if the strides allow it."""
         if not self.ordered:
-            view = _permute(view, axis, self.perm)
+            view = permute(view, axis, self.perm)
         if self.counted != self.final:
             at = axis + len(self.shape)
             view = view.reshape((*view.shape[:axis], *self.final, *view.shape[at:]))
@@ -223,7 +230,7 @@ class _Leaf:
         if self.counted != self.final:
             part = part.reshape((*part.shape[:axis], *self.counted, *part.shape[axis + 2 :]))
         if not self.ordered:
-            part = _permute(part, axis, tuple(self.perm.index(i) for i in range(len(self.perm))))
+            part = permute(part, axis, tuple(self.perm.index(i) for i in range(len(self.perm))))
         return part
 
 
@@ -238,36 +245,41 @@ class _Node:
     single: bool  # all pieces are one wide and lose the axis
     leaf: _Leaf | None
 
-    @property
-    def quick(self) -> _Node | None:
-        """This node, when its pieces are the parts as they are handed out."""
-        plain = all(child.leaf is not None and child.leaf.shape == child.leaf.final and child.leaf.ordered for _, _, child in self.pieces)
-        return self if self.single and self.shape is not None and plain else None
-
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
     root: _Node
     leaves: tuple[_Leaf, ...]
     order: tuple[int, ...]  # for every part handed out, its leaf
-    in_order: bool
     kind: type[Parts]
-    quick: _Node | None
+
+    @property
+    def quick(self) -> bool:
+        """Whether the parts are what one cut of the axis and one unbind give."""
+        plain = (child.leaf is not None and child.leaf.shape == child.leaf.final and child.leaf.ordered for _, _, child in self.root.pieces)
+        return self.root.single and self.root.shape is not None and all(plain)
 
 
-_READERS: dict[tuple[object, ...], _Reader] = {}
+_QUICK: dict[tuple[object, ...], tuple[tuple[int, ...], int, type[Parts], tuple[int, ...] | None]] = {}
+"""Calls of `split` on torch tensors that come down to one view and one unbind: exact call -> (view shape, unbind axis, kind, order)."""
 
 
-def _reader_for(tensor: Tensor, layout: Layout | str, axis: int, sizes: Mapping[str, int]) -> _Reader:
-    """The slow way to a reader, with all checks; remembers it for the exact call."""
-    shape = _shape(tensor)
-    at = _axis(axis, len(shape), shape)
+def _split(tensor: Tensor, layout: Layout | str, axis: int, sizes: Mapping[str, int]) -> Parts:
+    """`split` with all checks, for any layout."""
+    shape = shape_of(tensor)
+    at = normal_axis(axis, len(shape), shape)
     value = Layout(layout)
     reader = _reader(value, bind(value, rows=shape[at], **sizes))
-    if len(_READERS) > 4096:
-        _READERS.clear()
-    _READERS[(layout, shape[at], *sizes.items())] = reader
-    return reader
+    root = reader.root
+    if reader.quick and not isinstance(tensor, np.ndarray):
+        if len(_QUICK) > 4096:
+            _QUICK.clear()
+        order = None if reader.order == tuple(range(len(reader.leaves))) else reader.order
+        full = (*shape[:at], *root.shape, *shape[at + 1 :])
+        _QUICK[(layout, axis, type(tensor), tensor.shape, *sizes.items())] = (full, at + root.cut, reader.kind, order)
+    views: list[Tensor] = []
+    _open(tensor, at, root, views)
+    return reader.kind([views[i] for i in reader.order])
 
 
 @lru_cache(maxsize=1024)
@@ -275,8 +287,7 @@ def _reader(layout: Layout, sizes: Sizes) -> _Reader:
     leaves: list[_Leaf] = []
     root = _node(layout.factors, 0, layout.factors, sizes, iter(layout.paths), leaves)
     at = {name: i for i, path in enumerate(layout.paths) for name in path.names}
-    order = tuple(at[name] for name in layout.parts)
-    return _Reader(root, tuple(leaves), order, order == tuple(range(len(leaves))), _kind(layout.parts), root.quick)
+    return _Reader(root, tuple(leaves), tuple(at[name] for name in layout.parts), _kind(layout.parts))
 
 
 def _node(
@@ -319,21 +330,21 @@ def _open(tensor: Tensor, axis: int, node: _Node, views: list[Tensor], merge: bo
     if node.leaf is not None:
         views.append(node.leaf.merge(tensor, axis) if merge else tensor)
     elif node.single:
-        for piece, (_, _, child) in zip(_unbind(tensor, axis + node.cut), node.pieces, strict=True):
+        for piece, (_, _, child) in zip(unbind(tensor, axis + node.cut), node.pieces, strict=True):
             _open(piece, axis, child, views, merge)
     else:
         for start, width, child in node.pieces:
-            _open(_window(tensor, axis + node.cut, start, width), axis, child, views, merge)
+            _open(window(tensor, axis + node.cut, start, width), axis, child, views, merge)
 
 
 def _close(tensors: Iterator[Tensor], axis: int, node: _Node, batch: tuple[int, ...], like: Tensor) -> Tensor:
     """The way back: leaves in order -> packed axis. A missing (zero) leaf becomes zeros."""
     if node.leaf is not None:
         part = next(tensors)
-        tensor = _zeros(like, (*batch[:axis], *node.leaf.shape, *batch[axis:])) if part is None else node.leaf.unmerge(part, axis)
+        tensor = zeros_like(like, (*batch[:axis], *node.leaf.shape, *batch[axis:])) if part is None else node.leaf.unmerge(part, axis)
     else:
         pieces = [_close(tensors, axis, child, batch, like) for _, _, child in node.pieces]
-        tensor = _join(pieces, axis + node.cut, node.single)
+        tensor = join(pieces, axis + node.cut, node.single)
     if node.shape is None:
         return tensor
     at = axis + node.at
@@ -359,7 +370,7 @@ def _by_name(tensors: Mapping[str, Tensor] | Sequence[Tensor], layout: Layout) -
     for path in layout.paths:
         given = [tensors[name] for name in path.names if name in tensors]
         for other in given[1:]:
-            if _shape(other) != _shape(given[0]) or not bool((_bits(other) == _bits(given[0])).all()):
+            if shape_of(other) != shape_of(given[0]) or not bool((bits(other) == bits(given[0])).all()):
                 raise LayoutError(
                     f"{' and '.join(path.names)} are one tensor in this layout", layout=str(layout), found="two tensors that differ"
                 )
@@ -376,7 +387,7 @@ def _sizes_of(layout: Layout, named: Mapping[str, Tensor], axis: int) -> dict[st
     for path in layout.paths:
         if path.names[0] not in named:
             continue
-        for axes_, size in zip((path.heads, path.dims), _shape(named[path.names[0]])[axis : axis + 2], strict=True):
+        for axes_, size in zip((path.heads, path.dims), shape_of(named[path.names[0]])[axis : axis + 2], strict=True):
             axis_ = _PRODUCT_NAMES.get(axes_) or (axes_[0] if len(axes_) == 1 else None)
             if axis_:
                 found.setdefault(axis_, size)
@@ -386,91 +397,12 @@ def _sizes_of(layout: Layout, named: Mapping[str, Tensor], axis: int) -> dict[st
 _PRODUCT_NAMES = {("g", "r"): "h", ("t", "n", "r"): "h", ("m", "n", "r"): "h", ("t", "n"): "g", ("m", "n"): "g", ("c", "p"): "d"}
 
 
-def _axis(axis: int, ndim: int, shape: tuple[int, ...]) -> int:
-    if not -ndim <= axis < ndim:
-        raise SizeError("no such axis", expected=f"{-ndim} to {ndim - 1}", found=f"axis {axis} of {tuple(shape)}")
-    return axis % ndim
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _permute(tensor: Tensor, axis: int, perm: tuple[int, ...]) -> Tensor:
-    order = (*range(axis), *(axis + i for i in perm), *range(axis + len(perm), tensor.ndim))
-    return tensor.transpose(order) if isinstance(tensor, np.ndarray) else tensor.permute(order)
-
-
-def _unbind(tensor: Tensor, axis: int) -> Sequence[Tensor]:
-    if isinstance(tensor, np.ndarray):
-        return [tensor[(slice(None),) * axis + (i,)] for i in range(tensor.shape[axis])]
-    return tensor.unbind(axis)  # type: ignore[no-any-return]
-
-
-def _window(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
-    if isinstance(tensor, np.ndarray):
-        return tensor[(slice(None),) * axis + (slice(start, start + length),)]
-    return tensor.narrow(axis, start, length)
-
-
-def _join(pieces: Sequence[Tensor], axis: int, new_axis: bool) -> Tensor:
-    if isinstance(pieces[0], np.ndarray):
-        return np.stack(pieces, axis) if new_axis else np.concatenate(pieces, axis)
-    torch = sys.modules["torch"]
-    return torch.stack(tuple(pieces), axis) if new_axis else torch.cat(tuple(pieces), axis)
-
-
-def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return np.zeros(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_zeros(shape)
-
-
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return np.empty(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_empty(shape)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers, so that copies and comparisons see bits; 16-byte and integer values stay as they are."""
-    if tensor.dtype.itemsize > 8:
-        return tensor
-    if isinstance(tensor, np.ndarray):
-        return tensor.view(f"u{tensor.dtype.itemsize}")
-    torch = sys.modules["torch"]
-    plain = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
-    return tensor.detach().view(plain)
-
-
-def _strided(tensor: Tensor, axis: int, start: int, sizes: Sequence[int], steps: Sequence[int]) -> Tensor:
-    """A view of `axis` as a nest of steps, in rows, from row `start`."""
-    shape = _shape(tensor)
-    shape = (*shape[:axis], *sizes, *shape[axis + 1 :])
-    if isinstance(tensor, np.ndarray):
-        strides = (*tensor.strides[:axis], *(step * tensor.strides[axis] for step in steps), *tensor.strides[axis + 1 :])
-        return np.lib.stride_tricks.as_strided(_window(tensor, axis, start, 1), shape, strides)
-    unit = tensor.stride(axis)
-    strides = (*tensor.stride()[:axis], *(step * unit for step in steps), *tensor.stride()[axis + 1 :])
-    return tensor.as_strided(shape, strides, tensor.storage_offset() + start * unit)
-
-
 def _gather(tensor: Tensor, rows: RowMap, axis: int) -> Tensor:
     """The same by index_select, which autograd can follow; zeros come from an extra row at the end."""
     torch = sys.modules["torch"]
     index = torch.from_numpy(rows.indices.copy()).to(tensor.device)
     if rows.indices.min(initial=0) == ZERO:
-        shape = _shape(tensor)
+        shape = shape_of(tensor)
         tensor = torch.cat((tensor, tensor.new_zeros((*shape[:axis], 1, *shape[axis + 1 :]))), axis)
         index = torch.where(index == ZERO, rows.rows_in, index)
     return tensor.index_select(axis, index)
-
-
-def _tracks_gradients(tensor: Tensor) -> bool:
-    return bool(getattr(tensor, "requires_grad", False)) and bool(sys.modules["torch"].is_grad_enabled())
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if isinstance(a, np.ndarray):
-        return isinstance(b, np.ndarray) and np.may_share_memory(a, b)
-    spans = []
-    for tensor in (a, b):
-        reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        spans.append((tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.dtype.itemsize))
-    return bool(a.device == b.device and spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1])
