@@ -8,6 +8,7 @@ TriptychError
 ├── TraceError             a function cannot be traced as asked
 ├── FormatError            a file is damaged or not what it says it is
 ├── PlanError              a checkpoint, target or output is refused before anything is written
+├── OutputError            writing failed half-way; nothing of it is left
 ├── MismatchError          two things that should be equal are not
 └── MissingExtraError      an optional dependency is not installed
 
@@ -106,6 +107,12 @@ class FormatError(TriptychError):
 
 class PlanError(TriptychError):
     """A checkpoint, a target or an output place is refused; nothing was written."""
+
+    exit_code = 4
+
+
+class OutputError(TriptychError):
+    """An output could not be written to its end (no room, an error of the disk); what was written is removed again."""
 
     exit_code = 4
 

@@ -1,0 +1,110 @@
+"""A checkpoint with what is known of its layouts: every projection, its tensors, how their rows lie, and who says so.
+
+Three sources, the later the stronger: the record of the model's family, the stamp that a conversion left in the file, a layout given by
+hand. The stamp was written with the bytes, so it replaces the record. A layout given by hand replaces the record too, with a note, but
+must agree with the stamp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import axes, families, formats, packed, stamp
+from .formats import Stored
+from .layout import Layout
+from .packed import Packed
+from .pieces import in_bytes, shown, star
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `inspect` returns. `unknown`: tensors that look fused and whose layout nobody knows, with the reason; `notes` are sentences."""
+
+    stored: Stored
+    family: str | None
+    projections: tuple[Packed, ...]
+    unknown: Mapping[str, str] = field(hash=False)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        stored = self.stored
+        return {
+            "version": 1,
+            "path": str(stored.path),
+            "family": self.family,
+            "files": [file.file for file in stored.files],
+            "tensors": len(stored.tensors),
+            "bytes": stored.size,
+            "projections": [projection.to_dict() for projection in self.projections],
+            "unknown": dict(self.unknown),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        stored = self.stored
+        lines = [f"{stored.path}   {self.family or 'no known family'}"]
+        lines += [f"  {len(stored.files)} files, {len(stored.tensors)} tensors, {in_bytes(stored.size)}"]
+        for one, number in _alike((star(p.name), (p.fused, p.layout, p.sizes, p.axis, p.source, p.rope), p) for p in self.projections):
+            words = [str(one.layout), one.sizes.of(one.layout)]
+            words += [f"along axis {one.axis}"] if one.axis else []
+            words += [f"rotary {one.rope}"] if one.rope else []
+            words += [] if one.fused else [f"in {len(one.pieces)} tensors"]
+            lines += [
+                f"  {number:>4} x {star(one.name) if number > 1 else shown(one.name)}",
+                "         " + "   ".join(words),
+                f"         {one.source}",
+            ]
+        for name, number in _alike((star(name), (reason,), name) for name, reason in self.unknown.items()):
+            lines += [f"  {number:>4} x {star(name) if number > 1 else shown(name)}", f"         unknown: {self.unknown[name]}"]
+        if not self.projections and not self.unknown:
+            lines.append("  no projection known")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _alike(items: Iterable[tuple[str, tuple[object, ...], Any]]) -> Iterator[tuple[Any, int]]:
+    """The first of those with equal keys, and how many there are."""
+    groups: dict[tuple[object, ...], list[Any]] = {}
+    for name, key, item in items:
+        groups.setdefault((name, *key), []).append(item)
+    yield from ((group[0], len(group)) for group in groups.values())
+
+
+def inspect(path: str | Path, *, layouts: Mapping[str, str] | None = None, **sizes: int) -> Checkpoint:
+    """What a checkpoint holds: family, and layout, sizes and rotary order of every projection.
+
+    Args:
+        path: a folder (config.json; model.safetensors, or an index and its shards) or one .safetensors file.
+        layouts: glob of tensor names -> layout, for what no config says; "LAYOUT @ 1" names the packed axis.
+        sizes: what neither config nor layout tells (h=12).
+    Raises FormatError (damaged files), LayoutError (a given layout is none or does not fit), PlanError (it contradicts the stamp).
+    """
+    with formats.without_gc():
+        return open_checkpoint(path, layouts or {}, sizes)
+
+
+@formats.without_gc()
+def open_checkpoint(path: str | Path, layouts: Mapping[str, str], sizes: Mapping[str, int], more: Sequence[Layout] = ()) -> Checkpoint:
+    """As `inspect`; `more` are layouts whose axes `sizes` may also speak of."""
+    stored = formats.read(path)
+    stamped = {name: told for file in stored.files for name, told in stamp.decode(file).items()}
+    given = packed.given(layouts, stored.tensors)
+    shapes = {name: tensor.shape for name, tensor in stored.tensors.items() if name not in stamped}
+    said = families.declared(formats.read_config(stored), shapes, sizes=sizes)
+    record = {name: one for one in said.projections for name in ([one.name] if one.fused else one.parts.values())}
+    told: dict[str, families.Projection | stamp.Stamped] = {**record, **stamped}
+    hand = {name: packed.by_hand(layout, axis, stored.tensors[name], sizes, told.get(name)) for name, (layout, axis) in given.items()}
+    for name in [name for name in hand if name in stamped]:
+        packed.must_agree(name, hand.pop(name), stamped[name])
+    notes: list[str] = []
+    found = [*packed.from_stamps(stamped), *packed.from_records(said.projections, hand, notes), *packed.from_hand(hand, record)]
+    for one in found:
+        packed.check_fit(one, stored.tensors)
+    spoken = [*(one.layout for one in found), *more, *(layout for layout, _ in given.values())]
+    axes.checked(sizes, [axis for layout in spoken for axis in layout.axes])
+    order = {name: i for i, name in enumerate(stored.tensors)}
+    found.sort(key=lambda one: order[one.pieces[0].tensor])
+    unknown = {name: reason for name, reason in said.unknown.items() if name not in hand}
+    return Checkpoint(stored, said.family, tuple(found), unknown, tuple(dict.fromkeys(notes)))

@@ -1,0 +1,176 @@
+"""A checkpoint on disk: one .safetensors file, or a folder with one, or a folder with an index and its shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import FormatError
+from .safetensors import Header, Tensor, open_file, parse_json, read_header, without_gc
+
+MAX_JSON = 1 << 28
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+
+
+class Other(NamedTuple):
+    """A file that holds no tensor of the checkpoint: its path inside the folder, its size, its time of modification."""
+
+    name: str
+    size: int
+    changed: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What lies where. `index` is the index file's name and `index_metadata` its table "metadata"; a folder carries its `others` along."""
+
+    path: Path
+    root: Path
+    files: tuple[Header, ...]
+    index: str | None
+    index_metadata: Mapping[str, Any] = field(hash=False)
+    others: tuple[Other, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, hash=False, repr=False)
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path == self.root
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+
+def read(path: str | Path) -> Stored:
+    """Headers and index of a checkpoint, checked against each other and against the sizes of the files. Raises FormatError."""
+    path = Path(path)
+    if path.is_dir():
+        index, names = _weights(path)
+        root = path
+    elif path.exists():
+        if path.name.endswith(".json"):
+            raise FormatError("an index is not a checkpoint", file=str(path), try_=f"give its folder: {path.parent}")
+        index, names, root = None, (path.name,), path.parent
+    else:
+        raise FormatError("no such file or folder", file=str(path))
+    weight_map, metadata = _read_index(root / index) if index else ({}, {})
+    files = tuple(read_header(root / name) for name in names or sorted(set(weight_map.values())))
+    tensors = _join(files, weight_map if index else None, index)
+    others = tuple(_others(root, {index, *(file.file for file in files)})) if path.is_dir() else ()
+    return Stored(path, root, files, index, metadata, others, tensors)
+
+
+def read_config(stored: Stored) -> dict[str, Any] | None:
+    """The config.json beside the weights, or None. Raises FormatError when it is there and is no table."""
+    return read_json(stored.root / "config.json") if (stored.root / "config.json").exists() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table of bounded size. Raises FormatError."""
+    fd = open_file(path)
+    with os.fdopen(fd, "rb") as file:
+        raw = file.read(MAX_JSON + 1)
+    if len(raw) > MAX_JSON:
+        raise FormatError("a JSON file is too large", file=path.name, expected=f"at most {MAX_JSON} bytes")
+    with without_gc():
+        return parse_json(raw, path.name)
+
+
+def index_bytes(weight_map: Mapping[str, str], total_size: int, metadata: Mapping[str, Any]) -> bytes:
+    """An index file; `metadata` is carried over but for the total size."""
+    table = {"metadata": {**metadata, "total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _weights(folder: Path) -> tuple[str | None, tuple[str, ...]]:
+    """(index, ()) or (None, (file,)) of a folder: the usual names first, else the only ones there."""
+    found = sorted(entry.name for entry in os.scandir(folder))
+    for single, index in (
+        ([SINGLE] if SINGLE in found else [], [INDEX] if INDEX in found else []),
+        ([name for name in found if name.endswith(SUFFIX)], [name for name in found if name.endswith(SUFFIX + ".index.json")]),
+    ):
+        if len(index) == 1 and single != [SINGLE]:
+            return index[0], ()
+        if len(single) == 1 and not index:
+            return None, (single[0],)
+        if single or index:
+            raise FormatError("more than one checkpoint in this folder", where=str(folder), found=", ".join([*index, *single][:6]),
+                              try_="give one file, or a folder with one index and its shards")  # fmt: skip
+    raise FormatError(
+        "no checkpoint in this folder", where=str(folder), expected=f"{SINGLE} or {INDEX}", found=", ".join(found[:6]) or "nothing"
+    )
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    table = read_json(path)
+    weight_map, metadata = table.get("weight_map"), table.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
+        raise FormatError(
+            "not an index", file=path.name, expected='{"metadata": {...}, "weight_map": {tensor: file}}', found=", ".join(table)[:80]
+        )
+    plain: set[object] = set()
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or (name not in plain and not is_plain_name(name)):
+            raise FormatError("an index names a file outside its folder", tensor=tensor, file=path.name, expected="a plain file name",
+                              found=reprlib.repr(name))  # fmt: skip
+        plain.add(name)
+    return weight_map, metadata
+
+
+def is_plain_name(name: str) -> bool:
+    r"""Whether a name is that of a file in the same folder on every system.
+
+    >>> is_plain_name("model-00001-of-00002.safetensors"), is_plain_name("../x"), is_plain_name("C:x"), is_plain_name("a\\b")
+    (True, False, False, False)
+    """
+    return bool(name) and name not in (".", "..") and name.isprintable() and not set(name) & set('/\\:*?"<>|') and len(name.encode()) <= 255
+
+
+def _join(files: tuple[Header, ...], weight_map: Mapping[str, str] | None, index: str | None) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for tensor in file.tensors:
+            if tensor.name in tensors:
+                raise FormatError("a tensor lies in two files", tensor=tensor.name, found=f"{tensors[tensor.name].file} and {file.file}")
+            tensors[tensor.name] = tensor
+    if weight_map is not None:
+        for name, where in weight_map.items():
+            if name not in tensors or tensors[name].file != where:
+                found = f"it lies in {tensors[name].file}" if name in tensors else "no such tensor in any shard"
+                raise FormatError("index and shards disagree", tensor=name, file=index, expected=f"in {where}", found=found)
+        for name in tensors:
+            if name not in weight_map:
+                raise FormatError(
+                    "index and shards disagree",
+                    tensor=name,
+                    file=index,
+                    expected=f"an entry for it: it lies in {tensors[name].file}",
+                    found="none",
+                )
+    return tensors
+
+
+def _others(root: Path, taken: set[str | None]) -> Iterator[Other]:
+    """All other files, in folders below too, except in hidden ones; links to files are followed, links to folders are not."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not (Path(folder) / name).is_symlink())
+        for name in sorted(names):
+            path = Path(folder) / name
+            relative = path.relative_to(root).as_posix()
+            if relative in taken:
+                continue
+            try:
+                info = path.stat()
+            except OSError as error:
+                raise FormatError("a file of the folder cannot be read", file=relative, found=error.strerror) from None
+            if not stat.S_ISREG(info.st_mode):
+                raise FormatError("not a regular file", file=relative)
+            yield Other(relative, info.st_size, info.st_mtime_ns)

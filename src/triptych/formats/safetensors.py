@@ -1,0 +1,214 @@
+"""The safetensors file: header <-> names, dtypes, shapes and byte ranges. Knows no layout and reads no tensor.
+
+8 bytes   length n of the header, little endian
+n bytes   JSON: {"__metadata__": {text: text}, name: {"dtype", "shape", "data_offsets": [start, stop]}}, padded with spaces
+the rest  the tensors, side by side: no holes, no overlaps
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import reprlib
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import FormatError
+
+BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+"""Bits of one element of every dtype."""
+MAX_HEADER, MAX_DIMS, MAX_SIZE = 100_000_000, 64, 1 << 63
+ALIGN = 4096
+METADATA = "__metadata__"
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: bytes `start` to `stop` of the file named `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """What one file holds, in the order of the bytes. `changed` is its time of modification in ns: a file written to is another file."""
+
+    file: str
+    size: int
+    changed: int
+    tensors: tuple[Tensor, ...] = field(repr=False)
+    metadata: Mapping[str, str] = field(hash=False)
+
+
+def read_header(path: Path) -> Header:
+    """The header of one file, every claim in it checked against the file's size. Raises FormatError."""
+    fd = open_file(path)
+    try:
+        info = os.fstat(fd)
+        first = os.pread(fd, 8, 0)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length < 2:
+            raise FormatError("not a safetensors file", file=path.name, found=f"{info.st_size} bytes, header of {length}")
+        if length > min(MAX_HEADER, info.st_size - 8):
+            raise FormatError(
+                "the header is longer than the file" if length <= MAX_HEADER else "the header is too long",
+                file=path.name,
+                expected=f"at most {min(MAX_HEADER, info.st_size - 8)} bytes",
+                found=f"{length} bytes, in a file of {info.st_size}",
+                try_="the file is cut short or no safetensors file: fetch it again",
+            )
+        raw = os.pread(fd, length, 8)
+    finally:
+        os.close(fd)
+    with without_gc():
+        table = parse_json(raw, path.name)
+        metadata = _metadata(table.pop(METADATA, {}), path.name)
+        tensors = [_tensor(name, entry, path.name, 8 + length) for name, entry in table.items()]
+        tensors.sort(key=lambda t: (t.start, t.stop))
+    _check_tiling(tensors, path.name, 8 + length, info.st_size)
+    return Header(path.name, info.st_size, info.st_mtime_ns, tuple(tensors), metadata)
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...], int, int]], metadata: Mapping[str, str]) -> bytes:
+    """Length and header for tensors of (name, dtype, shape, start, stop) that count from the data section, which then begins on a page.
+
+    >>> len(header_bytes([("a", "BF16", (2, 3), 0, 12)], {}))
+    4096
+    """
+    table: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    for name, dtype, shape, start, stop in tensors:
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    length = -(-(8 + len(text)) // ALIGN) * ALIGN - 8
+    if length > MAX_HEADER:
+        raise FormatError("the header is too long", expected=f"at most {MAX_HEADER} bytes", found=f"{length} bytes")
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int | None:
+    """Bytes of a tensor, or None when its bits do not fill the last byte.
+
+    >>> nbytes("F4", (3, 2)), nbytes("F4", (3, 1))
+    (3, None)
+    """
+    whole, rest = divmod(math.prod(shape) * BITS[dtype], 8)
+    return None if rest else whole
+
+
+def open_file(path: Path) -> int:
+    """A descriptor for reading a regular file. Raises FormatError for anything else: a folder, a pipe, nothing."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise FormatError("the file cannot be read", file=str(path), found=error.strerror or str(error)) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FormatError("not a regular file", file=str(path))
+    return fd
+
+
+def parse_json(raw: bytes, file: str) -> dict[str, Any]:
+    """A JSON object out of a file of unknown origin; no key twice, no NaN, every text encodable. Raises FormatError."""
+    try:
+        table = json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+    except RecursionError:
+        raise FormatError("the JSON is nested too deeply", file=file) from None
+    except ValueError as error:
+        raise FormatError("the JSON cannot be read", file=file, found=str(error)[:120]) from None
+    if not isinstance(table, dict):
+        raise FormatError("the JSON is no table", file=file, found=type(table).__name__)
+    return table
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """Parsing many small objects takes less than half the time when the collector does not walk them again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} stands twice")
+    return table
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _metadata(table: object, file: str) -> dict[str, str]:
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise FormatError(f"{METADATA} is no table of texts", file=file, found=reprlib.repr(table))
+    return table
+
+
+def _tensor(name: str, entry: Any, file: str, base: int) -> Tensor:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if len(entry) != 3:
+            raise ValueError
+        name.encode()
+    except (TypeError, KeyError, ValueError):
+        raise FormatError("a tensor's entry is malformed", tensor=name, file=file, found=reprlib.repr(entry),
+                          expected="dtype, shape, data_offsets: [start, stop]") from None  # fmt: skip
+    if type(dtype) is not str or dtype not in BITS:
+        raise FormatError("unknown dtype", tensor=name, file=file, found=reprlib.repr(dtype), expected=", ".join(BITS))
+    if type(shape) is not list or len(shape) > MAX_DIMS:
+        raise FormatError("a shape is no list of natural numbers", tensor=name, file=file, found=reprlib.repr(shape))
+    bits = BITS[dtype]
+    for n in shape:
+        if type(n) is not int or not 0 <= n < MAX_SIZE:
+            raise FormatError("a shape is no list of natural numbers", tensor=name, file=file, found=reprlib.repr(shape))
+        bits *= n
+    if not (_natural(start) and _natural(stop)):
+        raise FormatError("an offset is no natural number", tensor=name, file=file, found=reprlib.repr([start, stop]))
+    if bits != 8 * (stop - start):
+        need = f"{bits // 8} bytes for {dtype} {tuple(shape)}" if bits % 8 == 0 else f"a whole number of bytes, not {bits} bits"
+        found = f"{stop - start} bytes"
+        raise FormatError("a tensor's bytes do not fit its shape", tensor=name, file=file, expected=need[:120], found=found)
+    return Tensor(name, dtype, tuple(shape), file, base + start, base + stop)
+
+
+def _natural(number: object) -> bool:
+    return type(number) is int and 0 <= number < MAX_SIZE
+
+
+def _check_tiling(tensors: list[Tensor], file: str, base: int, size: int) -> None:
+    end = base
+    for tensor in tensors:
+        if tensor.start != end:
+            what = "two tensors overlap" if tensor.start < end else "there is a hole between tensors"
+            raise FormatError(what, tensor=tensor.name, file=file, expected=f"its data at byte {end}", found=f"at byte {tensor.start}")
+        end = tensor.stop
+    if end != size:
+        what = "the file is cut short" if end > size else "bytes behind the last tensor"
+        raise FormatError(
+            what, file=file, expected=f"{end} bytes", found=f"{size} bytes", try_="fetch the file again" if end > size else None
+        )

@@ -1,0 +1,1 @@
+"""Needs a live tensor or model: trace and diagnose what code did to fused rows. Torch is imported only when given."""

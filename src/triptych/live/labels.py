@@ -1,0 +1,95 @@
+"""The labels of `follow`: int64 numbers, what they say, and the log of what was seen while they moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MIX = -1
+"""Several rows: a sum of rows that is no rotation, a reduction."""
+
+KIND, TOKEN = 56, 40
+ROW, SCORE_HALF = (1 << TOKEN) - 1, (1 << 22) - 1
+STRONG, OUT, SCORE, WEAK = 0, 1, 2, 3
+"""Kinds of label, in bits 56-59: a row of a product with a parameter (row number + 1, and the token in bits 40-55); an element of
+an attention's output; a score (attention number, query vector, key vector); an element of a parameter itself (its number + 1)."""
+ACTIVE = 1 << 60
+"""Set on a row's label once it has gone through an activation function."""
+
+
+@dataclass
+class Attention:
+    """One attention as executed: `q`, `k` [b, n, d] labels of the vectors that were multiplied, `v` [b, n, d] what they weighed.
+
+    `q_of` says from which vector of q (number b * N + n) each vector of the output came, `k_of` which vector of k each of v met,
+    `pairs` [2, m] which of q met which of k. `others`: what else a recurrence is given, one number a head.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None = None
+    softmax: bool = False
+    q_of: Tensor | None = None
+    k_of: Tensor | None = None
+    out: int = 0
+    out_shape: tuple[int, ...] = ()
+    pairs: Tensor | None = None
+    recurrent: bool = False
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Scan:
+    """A state-space recurrence: operands [tokens, heads, dims]; output [.., heads, dims], or [batch, dims, tokens] by `channels`."""
+
+    operands: dict[str, Tensor]
+    out: int
+    out_shape: tuple[int, ...]
+    channels: bool
+
+
+@dataclass
+class Log:
+    """What was seen. Pairs are [2, n] tensors of row numbers; `gates` pairs rows with elements of attention outputs."""
+
+    attentions: list[Attention] = field(default_factory=list)
+    scans: list[Scan] = field(default_factory=list)
+    rotations: list[Tensor] = field(default_factory=list)
+    products: list[Tensor] = field(default_factory=list)
+    gates: list[Tensor] = field(default_factory=list)
+    biases: list[Tensor] = field(default_factory=list)
+    fed: dict[int, Tensor] = field(default_factory=dict)
+    mixed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    contracted: dict[int, int] = field(default_factory=dict)
+
+
+def kind(labels: Tensor) -> Tensor:
+    return (labels >> KIND) & 0xF
+
+
+def row(labels: Tensor) -> Tensor:
+    """Row or element number, counted over all parameters; -1 for none."""
+    return torch.where(labels > 0, labels & ROW, 0) - 1
+
+
+def token(labels: Tensor) -> Tensor:
+    return (labels >> TOKEN) & 0xFFFF
+
+
+def reduce(labels: Tensor, dims: Iterable[int], keep: bool) -> Tensor:
+    """The label that all elements share (a row's without its token), MIX where they differ; elements without labels do not count."""
+    dims = sorted({d % labels.dim() for d in dims})
+    rows = torch.where(labels > 0, labels & ~(((1 << 16) - 1) << TOKEN), labels)
+    rows = torch.where((labels > 0) & (kind(labels) != STRONG), MIX, rows)
+    top = torch.amax(rows, dims, keepdim=True)
+    differ = ((rows != 0) & (rows != top)).any(dim=dims[0], keepdim=True)
+    for d in dims[1:]:
+        differ = differ.any(dim=d, keepdim=True)
+    result = torch.where(differ, MIX, top)
+    if not keep:
+        for d in reversed(dims):
+            result = result.squeeze(d)
+    return result

@@ -1,0 +1,360 @@
+"""What a run wrote down -> the part, head and dim of every row of every parameter."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..layout import Row
+from .labels import ACTIVE, Attention, Log, Scan, row, token
+
+Labels = NDArray[np.int64]
+Roles = dict[str, tuple[int, int]]
+"""part -> (head, dim) of one row."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter: its name, shape, the number of its first element, and the axis over which a product sums (None in a convolution).
+
+    Of a stack of experts [E, ...] the rows of one are told, whichever was called.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    first: int
+    summed: int | None
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The axes that number the rows."""
+        if self.summed is None:
+            return (0,)
+        axes = tuple(axis for axis in range(len(self.shape)) if axis != self.summed)
+        return axes[-1:] if len(self.shape) == 3 and self.summed > 0 else axes
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.kept)
+
+    def row(self, element: int) -> int:
+        """The row on which an element lies."""
+        return int(self.rows_of(np.array([element]))[0])
+
+    def rows_of(self, elements: Labels) -> Labels:
+        """[n] rows of [n] elements."""
+        at = np.unravel_index(elements - self.first, self.shape)
+        number = np.zeros(len(elements), np.int64)
+        for axis in self.kept:
+            number = number * self.shape[axis] + at[axis]
+        return number
+
+
+@dataclass
+class Table:
+    """The roles of the rows of one parameter, and what was in doubt."""
+
+    place: Place
+    roles: dict[int, Roles] = field(default_factory=dict)
+    doubts: set[str] = field(default_factory=set)
+    latent: bool = False
+
+    def add(self, number: int, part: str, head: int, dim: int) -> None:
+        known = self.roles.setdefault(number, {}).setdefault(part, (head, dim))
+        if known != (head, dim):
+            self.doubts.add(f"{part} rows are read in two ways")
+
+    def listing(self) -> list[Row] | None:
+        """One `Row` a row, a row in two roles named `k=v`; None when rows have no role or two places."""
+        out = []
+        for number in range(self.place.rows):
+            roles = self.roles.get(number)
+            if not roles or len(set(roles.values())) != 1:
+                return None
+            head, dim = next(iter(roles.values()))
+            out.append(Row("=".join(sorted(roles, key="qkv".find)), head, dim))
+        return out
+
+
+class Reader:
+    """Reads a log. `tables` maps the first element of a parameter to its table."""
+
+    def __init__(self, log: Log, places: Sequence[Place]) -> None:
+        self.log = log
+        self.places = sorted(places, key=lambda place: place.first)
+        self.starts = np.array([place.first for place in self.places])
+        self.tables: dict[str, Table] = {}
+        self.heads_of_out: dict[int, dict[int, int]] = {}
+        for number, seen in sorted(enumerate(log.attentions), key=lambda pair: not pair[1].softmax):
+            if seen.v is not None:
+                self._attention(number, seen)
+        for scan in log.scans:
+            self._scan(scan)
+        self._gates()
+        self._latents()
+        self._mixed()
+        self._gated_units()
+
+    def place(self, element: int) -> Place:
+        return self.places[int(np.searchsorted(self.starts, element, side="right")) - 1]
+
+    def table(self, place: Place) -> Table:
+        return self.tables.setdefault(place.name, Table(place))
+
+    def _assign(self, element: int, part: str, head: int, dim: int) -> None:
+        place = self.place(element)
+        self.table(place).add(place.row(element), part, head, dim)
+
+    def _attention(self, number: int, seen: Attention) -> None:
+        assert seen.v is not None and seen.q_of is not None and seen.k_of is not None and seen.pairs is not None
+        q, k, v = (_Vectors(x) for x in (seen.q, seen.k, seen.v))
+        if q.by_channel and k.by_channel and not seen.softmax:
+            return
+        if not (q.heads and k.heads and v.heads):
+            return
+        self._straighten(q, k)
+        of_q, of_k, of_v = q.head_of, k.head_of, v.head_of
+        met = Counter(
+            (of_q[a], of_k[b])
+            for a, b in {*map(tuple, seen.pairs.T.tolist())}
+            if a < len(of_q) and b < len(of_k) and of_q[a] >= 0 and of_k[b] >= 0
+        )
+        kv_of: dict[int, int] = {}
+        for (a, b), _ in met.items():
+            if kv_of.setdefault(a, b) != b:
+                kv_of = {}
+                break
+        if not kv_of and len(k.heads) > 1:
+            return
+        q_numbers = _numbered([kv_of.get(i, 0) for i in range(len(q.heads))])
+        met_v: dict[int, int] = {}
+        for i, b in enumerate(seen.k_of.flatten().tolist()):
+            if 0 <= b < len(of_k) and i < len(of_v) and of_v[i] >= 0 and of_k[b] >= 0:
+                met_v.setdefault(of_v[i], of_k[b])
+        v_numbers = _numbered([met_v.get(i, i) for i in range(len(v.heads))])
+        of_out, out_numbers = (of_v, v_numbers) if seen.recurrent else (of_q, q_numbers)
+        self.heads_of_out[number] = {i: out_numbers[h] for i, h in enumerate(of_out) if h >= 0}
+        split = self._names_of_split(k)
+        for head in k.heads[:1] if split is not None else ():
+            for element in head:
+                self.table(self.place(element)).latent = True
+        self._enter("q", q, q_numbers, split)
+        self._enter("k", k, list(range(len(k.heads))), split)
+        self._enter("v", v, v_numbers, None)
+        for part, labels in seen.others.items():
+            for i, element in enumerate(row(labels).flatten().tolist()):
+                if element >= 0 and i in self.heads_of_out[number]:
+                    self._assign(element, part, self.heads_of_out[number][i], 0)
+
+    def _straighten(self, q: _Vectors, k: _Vectors) -> None:
+        """Numbers the dims of q and k in the order of their rows, when one order does so for every head of both.
+
+        Scores do not change when the dims of q and k are moved alike, as some code does before it rotates.
+        """
+        if len(q.heads[0]) != len(k.heads[0]):
+            return
+        for heads in (q.heads, k.heads):
+            order = self._in_rows(heads[0])
+            if all(self._in_rows([head[i] for i in order]) == list(range(len(order))) for head in (*q.heads, *k.heads)):
+                for vectors in (q, k):
+                    vectors.heads = [tuple(head[i] for i in order) for head in vectors.heads]
+                return
+
+    def _in_rows(self, elements: Sequence[int]) -> list[int]:
+        """The order of dims that sorts the elements of each parameter, each parameter keeping its places."""
+        owners = [self.place(element).name for element in elements]
+        order = list(range(len(elements)))
+        for owner in set(owners):
+            slots = [i for i, name in enumerate(owners) if name == owner]
+            for slot, i in zip(slots, sorted(slots, key=elements.__getitem__), strict=True):
+                order[slot] = i
+        return order
+
+    def _names_of_split(self, k: _Vectors) -> list[str] | None:
+        """MLA: keys put together from a part per head and one shared by all; the name of each dim's part, or None."""
+        owners = [self.place(element).name for element in k.heads[0]]
+        if len(set(owners)) < 2 or len(k.heads) < 2:
+            return None
+        return ["rope" if k.heads[0][i] == k.heads[1][i] else "nope" for i in range(len(owners))]
+
+    def _enter(self, part: str, vectors: _Vectors, numbers: Sequence[int], split: list[str] | None) -> None:
+        shared = Counter(element for head in vectors.heads for element in set(head))
+        offset: dict[tuple[str, str], int] = {}
+        for head, elements in zip(numbers, vectors.heads, strict=True):
+            for dim, element in enumerate(elements):
+                name = part
+                if split is not None and (part == "q" or split[dim] == "rope"):
+                    name = split[dim]
+                start = offset.setdefault((self.place(element).name, name), dim)
+                self._assign(element, name, 0 if len(vectors.heads) > 1 and shared[element] == len(vectors.heads) else head, dim - start)
+
+    def _scan(self, scan: Scan) -> None:
+        for part, labels in scan.operands.items():
+            rows = row(labels)
+            pure = (rows >= 0).all(2).all(1).nonzero()
+            if not len(pure):
+                continue
+            heads = dict.fromkeys(map(tuple, rows[int(pure[0])].tolist()))
+            for head, elements in enumerate(heads):
+                for dim, element in enumerate(elements):
+                    self._assign(element, part, head, dim)
+
+    def _place_in(self, scan: Scan, at: int) -> tuple[int, int] | None:
+        """(head, dim) of an element of the output."""
+        if not 0 <= at < math.prod(scan.out_shape):
+            return None
+        if scan.channels:
+            return 0, at // scan.out_shape[2] % scan.out_shape[1]
+        return at // scan.out_shape[-1] % scan.out_shape[-2], at % scan.out_shape[-1]
+
+    def _gates(self) -> None:
+        found: dict[tuple[int, str], set[tuple[int, int]]] = {}
+        for pairs in self.log.gates:
+            for element, out in {*map(tuple, pairs.T.tolist())}:
+                for scan in self.log.scans:
+                    place = self._place_in(scan, out - scan.out)
+                    if place is not None and "x" not in self._parts_of(element):
+                        found.setdefault((element, "z"), set()).add(place)
+                for number, of_out in self.heads_of_out.items():
+                    seen = self.log.attentions[number]
+                    at = out - seen.out
+                    if 0 <= at < math.prod(seen.out_shape):
+                        assert seen.q_of is not None
+                        vector, dim = divmod(at, seen.out_shape[-1])
+                        head = of_out.get(int(seen.q_of.flatten()[vector]))
+                        if head is not None:
+                            found.setdefault((element, "z" if seen.recurrent else "gate"), set()).add((head, dim))
+        for (element, part), places in found.items():
+            heads = {head for head, _ in places}
+            if len(heads) == 1:
+                self._assign(element, part, heads.pop(), min(dim for _, dim in places))
+
+    def _parts_of(self, element: int) -> Roles:
+        place = self.place(element)
+        table = self.tables.get(place.name)
+        return {} if table is None else table.roles.get(place.row(element), {})
+
+    def _latents(self) -> None:
+        """Rows beside known ones that only feed another projection."""
+        for vector in self.log.fed.values():
+            elements = vector.tolist()
+            for dim, element in enumerate(elements):
+                if element < 0:
+                    continue
+                place = self.place(element)
+                table = self.tables.get(place.name)
+                if table is not None and place.row(element) not in table.roles:
+                    known = {part for roles in table.roles.values() for part in roles}
+                    table.roles[place.row(element)] = {"dt" if "B" in known else "latent": (0, dim)}
+
+    def _mixed(self) -> None:
+        """A convolution over each channel: its rows are what the channels are."""
+        for channels, rows in self.log.mixed.values():
+            for channel, element in zip(channels.tolist(), rows.tolist(), strict=True):
+                place = self.place(channel) if channel >= 0 else None
+                table = self.tables.get(place.name) if place is not None else None
+                if place is None or table is None:
+                    continue
+                for part, (head, dim) in table.roles.get(place.row(channel), {}).items():
+                    self._assign(element, part, head, dim)
+
+    def _gated_units(self) -> None:
+        """activation(gate) * up, of one projection without other roles."""
+        for both in self.log.products:
+            pairs = both[:, (token(both[0]) == token(both[1])) & (((both[0] ^ both[1]) & ACTIVE) != 0)]
+            first = (pairs[0] & ACTIVE) != 0
+            units: Labels = torch.unique(
+                torch.stack([row(torch.where(first, pairs[0], pairs[1])), row(torch.where(first, pairs[1], pairs[0]))]), dim=1
+            ).numpy()
+            owners = np.searchsorted(self.starts, units, side="right") - 1
+            for owner in np.unique(owners[0, owners[0] == owners[1]]):
+                place = self.places[owner]
+                if place.name in self.tables:
+                    continue
+                gates, ups = (place.rows_of(side) for side in units[:, (owners == owner).all(0)])
+                by_row = dict(zip(gates.tolist(), ups.tolist(), strict=True))
+                if 2 * len(by_row) != place.rows or len({*by_row, *by_row.values()}) != place.rows:
+                    continue
+                table = self.table(place)
+                for dim, gate in enumerate(sorted(by_row)):
+                    table.add(gate, "gate", 0, dim)
+                    table.add(by_row[gate], "up", 0, dim)
+
+
+class _Vectors:
+    """The distinct vectors of rows in an operand [b, n, d]: `heads` in order of appearance; `head_of` each vector, -1 for none.
+
+    An operand that is multiplied along tokens holds one row along its last axis; its vectors then lie along n (`by_channel`).
+    """
+
+    def __init__(self, labels: torch.Tensor) -> None:
+        rows: Labels = row(labels).numpy()
+        b, n, d = rows.shape
+        pure = (rows >= 0).all(2)
+        self.by_channel = bool(n > 1 and d > 1 and pure.any() and (rows[pure] == rows[pure][:, :1]).all())
+        count = n
+        if self.by_channel:
+            rows = rows.transpose(0, 2, 1)
+            pure = (rows >= 0).all(2)
+            count = d
+        flat, good = rows.reshape(b * count, -1), pure.reshape(-1)
+        self.heads: list[tuple[int, ...]] = []
+        numbers: dict[tuple[int, ...], int] = {}
+        head_of = []
+        for vector, fine in zip(flat.tolist(), good.tolist(), strict=True):
+            key = tuple(vector)
+            if fine and key not in numbers and len(set(key)) == len(key):
+                numbers[key] = len(self.heads)
+                self.heads.append(key)
+            head_of.append(numbers.get(key, -1) if fine else -1)
+        self.head_of = head_of if not self.by_channel else [head_of[i // n * d] for i in range(b * n)]
+
+
+def _numbered(groups: Sequence[int]) -> list[int]:
+    """Head numbers of query heads that belong to the kv heads `groups`: kv head by kv head, each in order of appearance."""
+    numbers = [0] * len(groups)
+    for place, i in enumerate(sorted(range(len(groups)), key=lambda i: groups[i])):
+        numbers[i] = place
+    return numbers
+
+
+def rotary(table: Table, partners: Mapping[int, Iterable[int]]) -> str | None:
+    """The order of the rotary pairs among the q, k or rope rows of a parameter; None when none is turned."""
+    found: set[tuple[int, int, int]] = set()
+    size = 0
+    for number, roles in table.roles.items():
+        part = next((p for p in ("q", "k", "rope") if p in roles), None)
+        if part is None:
+            continue
+        head, dim = roles[part]
+        size = max(size, dim + 1)
+        for partner in partners.get(number, ()):
+            other = table.roles.get(partner, {}).get(part)
+            if other is not None and other[0] == head:
+                found.add((head, dim, other[1]))
+    if not found:
+        return None
+    turned = sorted({dim for _, dim, _ in found})
+    pairs = {(a, b) for _, a, b in found}
+    first, count = turned[0], len(turned)
+    if turned != list(range(first, first + count)):
+        order = "mixed"
+    elif pairs == {(i, first + (i - first ^ 1)) for i in turned}:
+        order = "interleaved"
+    elif pairs == {(i, first + (i - first + count // 2) % count) for i in turned}:
+        order = "half"
+    else:
+        order = "mixed"
+    if count == size:
+        return order
+    end = "first" if first == 0 else "last" if first + count == size else f"dims {first} to {first + count - 1},"
+    return f"partial {order}: {end} {count} of {size} dims"
+
+
+__all__ = ["Place", "Reader", "Roles", "Table", "rotary"]

@@ -1,0 +1,48 @@
+"""Where an output may go: beside the input, where nothing is yet, with room enough."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import FormatError, PlanError
+from .formats import Stored
+from .pieces import in_bytes
+from .steps import Plan
+
+MARKER = ".triptych-unfinished.json"
+"""Lies in an output folder until the conversion is complete."""
+
+
+def check_place(stored: Stored, out: Path) -> None:
+    """That the output may be written there. Raises PlanError: it exists, is inside the input, lies in no folder, is of the wrong kind."""
+    source, place = stored.path.resolve(), out.resolve()
+    if any(other.name == MARKER for other in stored.others):
+        raise FormatError("the input is an unfinished conversion", file=str(stored.path), try_="run that conversion again first")
+    if place == source or (stored.is_folder and source in place.parents):
+        raise PlanError(
+            "the output lies inside the input", where=str(out), found=f"the input is {stored.path}", try_="choose a place beside it"
+        )
+    if os.path.lexists(out) and not _may_continue(stored, out):
+        raise PlanError("the output exists", where=str(out), try_="choose another place, or remove it")
+    if not place.parent.is_dir():
+        raise PlanError("the output has no folder to lie in", where=str(out), expected=f"a folder {out.parent}")
+    if not stored.is_folder and not out.name.endswith(".safetensors"):
+        raise PlanError("a file becomes a file", where=str(out), expected="a name that ends in .safetensors")
+    if stored.is_folder and out.name.endswith(".safetensors"):
+        raise PlanError("a folder becomes a folder", where=str(out), expected="a name that does not end in .safetensors")
+
+
+def _may_continue(stored: Stored, out: Path) -> bool:
+    """A folder that is empty or holds an unfinished conversion."""
+    return stored.is_folder and out.is_dir() and not out.is_symlink() and ((out / MARKER).is_file() or not any(out.iterdir()))
+
+
+def check_room(made: Plan, out: Path) -> None:
+    room = os.statvfs(out if out.is_dir() else out.resolve().parent)
+    free = room.f_bavail * room.f_frsize
+    there = sum(file.stat().st_blocks * 512 for file in out.rglob("*") if file.is_file()) if out.is_dir() else 0
+    if made.size > free + there:
+        raise PlanError(
+            "there is not enough room for the output", where=str(out), expected=in_bytes(made.size), found=f"{in_bytes(free)} free"
+        )
