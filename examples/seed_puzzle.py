@@ -34,7 +34,7 @@ class Attention(nn.Module):
         flat_q = F.linear(x, w_q, b_q)
         assert torch.allclose(qkv[..., : self.n_embd], flat_q, atol=1e-6), "before the view"
         manual_q = flat_q.view(batch, seq, self.n_head, self.head_size)
-        assert torch.allclose(q, manual_q, atol=1e-6), f"after the view the largest difference is {(q - manual_q).abs().max():.1f}"
+        assert torch.allclose(q, manual_q, atol=1e-6), f"after the view: {(q - manual_q).abs().max():.1f} apart"
         return q
 
 

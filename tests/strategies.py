@@ -7,20 +7,58 @@ from hypothesis import strategies as st
 import triptych as tt
 
 MHA = [
-    "h (q|k|v) d", "(q|k|v) h d", "h d (q|k|v)", "(q|k|v) d h", "d h (q|k|v)", "(k|v|q) h d", "h (v|q|k) d", "m (q|v|k) n d", "t n (q|k|v) d",
-    "(q|k|v) h c p", "(q|k|v) h p c", "h (q|k|v) p c", "h p (q|v|k) c", "n t (q|k|v) d", "(q h d|k h p c|v d h)",
-]  # fmt: skip
+    "h (q|k|v) d",
+    "(q|k|v) h d",
+    "h d (q|k|v)",
+    "(q|k|v) d h",
+    "d h (q|k|v)",
+    "(k|v|q) h d",
+    "h (v|q|k) d",
+    "m (q|v|k) n d",
+    "t n (q|k|v) d",
+    "(q|k|v) h c p",
+    "(q|k|v) h p c",
+    "h (q|k|v) p c",
+    "h p (q|v|k) c",
+    "n t (q|k|v) d",
+    "(q h d|k h p c|v d h)",
+]
 GQA = [
-    "(q h|k g|v g) d", "(q g r|k g|v g) d", "(q r g|k g|v g) d", "g (q r|k|v) d", "g (k|v|q r) d", "t (q n r|k n|v n) d", "t (v n|q r n|k n) c p",
-    "(q g r|k g|v g) p c", "(q n r t|k n t|v t n) d", "(v g|q h|k g) d", "g d (q r|k|v)", "_ g (q r|k) d|v g d",
-]  # fmt: skip
+    "(q h|k g|v g) d",
+    "(q g r|k g|v g) d",
+    "(q r g|k g|v g) d",
+    "g (q r|k|v) d",
+    "g (k|v|q r) d",
+    "t (q n r|k n|v n) d",
+    "t (v n|q r n|k n) c p",
+    "(q g r|k g|v g) p c",
+    "(q n r t|k n t|v t n) d",
+    "(v g|q h|k g) d",
+    "g d (q r|k|v)",
+    "_ g (q r|k) d|v g d",
+]
 PARTIAL = [
-    "h (q|k|v) (rot c p|pass u)", "(q|k|v) h (rot p c|pass u)", "h (pass u|rot c p) (q|v|k)", "(q|k|v) (rot c p|pass u) h", "(q|k|v) h (rot c p|pass n)",
-]  # fmt: skip
+    "h (q|k|v) (rot c p|pass u)",
+    "(q|k|v) h (rot p c|pass u)",
+    "h (pass u|rot c p) (q|v|k)",
+    "(q|k|v) (rot c p|pass u) h",
+    "(q|k|v) h (rot c p|pass n)",
+]
 OTHER = [
-    "h (k_nope dn|v dv)", "(k_nope h dn|v h dv)", "(gate|up) f", "f (gate|up)", "(up|gate) f", "g (q dk|k dk|v r dv|z r dv)", "(q g dk|k g dk|v h dv|z h dv)",
-    "_ g (q r|k|v) d|gate h", "gate h|_ g (q r|k|v) d", "(q|k d|v d)", "(v d|k d|q)", "h (nope dn|rope p c)", "h (rope c p|nope dn)",
-]  # fmt: skip
+    "h (k_nope dn|v dv)",
+    "(k_nope h dn|v h dv)",
+    "(gate|up) f",
+    "f (gate|up)",
+    "(up|gate) f",
+    "g (q dk|k dk|v r dv|z r dv)",
+    "(q g dk|k g dk|v h dv|z h dv)",
+    "_ g (q r|k|v) d|gate h",
+    "gate h|_ g (q r|k|v) d",
+    "(q|k d|v d)",
+    "(v d|k d|q)",
+    "h (nope dn|rope p c)",
+    "h (rope c p|nope dn)",
+]
 ALL = [*MHA, *GQA, *PARTIAL, *OTHER]
 FREE = ("u", "n", "f", "dk", "dv", "dn")
 

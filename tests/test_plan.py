@@ -17,8 +17,7 @@ from triptych import place, steps
 from triptych.errors import FormatError, IncompatibleError, PlanError, SizeError
 from triptych.layout import Layout
 from triptych.packed import Packed
-from triptych.pieces import alone, together, with_zeros
-from triptych.plan import target_of
+from triptych.pieces import alone, target_of, together, with_zeros
 from triptych.steps import Nest, check, covers, nest
 
 H, D = 6, 4

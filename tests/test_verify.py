@@ -112,8 +112,16 @@ def test_wrong_stamps(pair: tuple[Path, Path]) -> None:
     shutil.rmtree(pair[1])
     tt.convert(*pair, "h d (q|k|v)")
     tt.verify(*pair)
-    with pytest.raises(MismatchError, match="the output has another layout"):
-        tt.verify(*pair, "(q|k|v) h d")
+    tt.verify(*pair, "fused:h d (q|k|v)")
+    for to, match in (("(q|k|v) h d", "another layout"), ("fused:(q|k|v) h d", "another layout"), ("split", "has fused projections"),
+                      ("h (k|v) d", "no fused projection")):  # fmt: skip
+        with pytest.raises(MismatchError, match=match):
+            tt.verify(*pair, to)
+    shutil.rmtree(pair[1])
+    tt.convert(*pair, "split")
+    tt.verify(*pair, "split")
+    with pytest.raises(MismatchError, match="no fused projection"):
+        tt.verify(*pair, "h (q|k|v) d")
 
 
 def test_missing_and_changed_tensors(pair: tuple[Path, Path], tmp_path: Path) -> None:

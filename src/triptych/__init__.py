@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from .layout import Layout, Row
     from .live.diagnose import assert_same_rows, diagnose
+    from .live.probe import Probed, probe
     from .live.trace import trace
     from .picture import explain
     from .plan import inspect, plan
@@ -60,6 +61,7 @@ _HOME = {
     "run": ("convert",),
     "verify": ("verify",),
     "live.trace": ("trace",),
+    "live.probe": ("Probed", "probe"),
     "live.diagnose": ("assert_same_rows", "diagnose"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -73,6 +75,7 @@ __all__ = [
     "MismatchError",
     "MissingExtraError",
     "PlanError",
+    "Probed",
     "Row",
     "RowMap",
     "SizeError",
@@ -89,6 +92,7 @@ __all__ = [
     "inspect",
     "move",
     "plan",
+    "probe",
     "repack",
     "split",
     "trace",

@@ -195,7 +195,7 @@ def _fits(layout: Layout, rows: int | None, sizes: Mapping[str, int]) -> Iterato
                 pairs = sizes["d"] * part // (2 * whole)
                 yield from _fits(layout, rows, {**rest, "p": pairs, "n": sizes["d"] - 2 * pairs})
         return
-    if {"q", "k"} <= set(layout.parts) and not {"r"} & set(layout.axes) and not {"h", "g"} <= set(layout.axes):
+    if {"q", "k"} <= set(layout.parts) and "r" not in layout.axes and not {"h", "g"} <= set(layout.axes):
         sizes = {"r": 1, **sizes}
     try:
         known = axes.resolve(sizes, layout.axes, layout.n_is_free)
@@ -211,7 +211,7 @@ def _fits(layout: Layout, rows: int | None, sizes: Mapping[str, int]) -> Iterato
 
 
 def _guess(layout: Layout, missing: list[str], known: Mapping[str, int], rows: int | None) -> tuple[str, Iterable[int]]:
-    """An axis to try, and its values. One that is left over follows from the rows, which grow in proportion to it or by equal steps."""
+    """An axis to try, and its values. The last unknown follows from the rows, which grow by equal steps with it."""
     if rows is not None and len(missing) == 1 and not (missing == ["g"] and "h" in known):
         one, two = (count(layout.factors, {**known, missing[0]: value}) for value in (1, 2))
         value, rest = divmod(rows - one, two - one)

@@ -207,7 +207,7 @@ def convert_(
 @commands.command("verify")
 @click.argument("path")
 @click.argument("out")
-@click.option("--to", metavar="LAYOUT", help="The layout that OUT must have, when its stamp alone shall not be believed.")
+@click.option("--to", metavar="TARGET", help="What OUT must be, as for convert, when its stamp alone shall not be believed.")
 @_options("layouts")
 def verify_(path: str, out: str, to: str | None, layouts: dict[str, str], sizes: dict[str, int], as_json: bool) -> None:
     """Prove row by row that OUT holds what PATH holds."""

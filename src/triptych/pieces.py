@@ -1,18 +1,47 @@
-"""Layouts and names of parts: one part taken out of a layout, several tensors seen as one; names by rule; words for people."""
+"""What a conversion is told and tells: its target, layouts and names of single parts, words for people."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from . import axes
 from .errors import printable
 from .layout import Branch, Factor, Layout, Sum
 
+SPLIT, FUSED = "split", "fused"
 SUFFIXES = (".weight", ".bias", "_weight", "_bias")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to turn projections into: `layout` for fused ones, or one tensor per part (`split`), or join those that are apart (`join`)."""
+
+    layout: Layout | None
+    split: bool = False
+    join: bool = False
+
+    def __str__(self) -> str:
+        return SPLIT if self.split else (FUSED if self.join else "") + (":" if self.join and self.layout else "") + str(self.layout or "")
+
+
+def target_of(text: str | Layout) -> Target:
+    """LAYOUT, `split`, `fused` or `fused:LAYOUT`.
+
+    >>> print(target_of("fused:h (q|k|v)  d"))
+    fused:h (q|k|v) d
+    """
+    if isinstance(text, Layout):
+        return Target(text)
+    word, colon, rest = text.partition(":")
+    if word.strip() == SPLIT and not colon:
+        return Target(None, split=True)
+    if word.strip() == FUSED:
+        return Target(Layout(rest) if colon else None, join=True)
+    return Target(Layout(text))
 
 
 def base_names(layout: Layout) -> tuple[str, ...]:

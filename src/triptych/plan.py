@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,44 +17,15 @@ from .errors import IncompatibleError, PlanError
 from .formats import ALIGN, BITS, METADATA, Stored, Tensor, index_bytes, nbytes, without_gc
 from .layout import Layout
 from .packed import BY_RECORD, BY_STAMP, Packed, Piece
-from .pieces import alone, base_names, listed, name_of_part, star, stem, with_zeros
+from .pieces import Target, alone, base_names, listed, name_of_part, star, stem, target_of, with_zeros
 from .place import check_place, check_room
 from .relay import in_nests, relay
 from .sizes import Sizes, bind
 from .stamp import KEY, Stamped
 from .steps import Change, Feed, Nest, OutFile, Plan, Source, Step, check
 
-SPLIT, FUSED = "split", "fused"
 WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
 """Other files with these endings may hold the same weights once more."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What to turn projections into: `layout` for fused ones, or one tensor per part (`split`), or join those that are apart (`join`)."""
-
-    layout: Layout | None
-    split: bool = False
-    join: bool = False
-
-    def __str__(self) -> str:
-        return SPLIT if self.split else (FUSED if self.join else "") + (":" if self.join and self.layout else "") + str(self.layout or "")
-
-
-def target_of(text: str | Layout) -> Target:
-    """LAYOUT, `split`, `fused` or `fused:LAYOUT`.
-
-    >>> print(target_of("fused:h (q|k|v)  d"))
-    fused:h (q|k|v) d
-    """
-    if isinstance(text, Layout):
-        return Target(text)
-    word, colon, rest = text.partition(":")
-    if word.strip() == SPLIT and not colon:
-        return Target(None, split=True)
-    if word.strip() == FUSED:
-        return Target(Layout(rest) if colon else None, join=True)
-    return Target(Layout(text))
 
 
 @without_gc()

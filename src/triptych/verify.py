@@ -25,7 +25,7 @@ from .errors import FormatError, MismatchError
 from .formats import Tensor, open_file
 from .layout import Axis, Factor, Layout
 from .packed import BY_STAMP, Packed
-from .pieces import in_bytes
+from .pieces import base_names, in_bytes, target_of
 from .sizes import Sizes, bind
 
 CHUNK = 1 << 21
@@ -77,12 +77,15 @@ def verify(
 
     Args:
         path, layouts, sizes: the input, as for `inspect`. out: the output; its stamp says how its rows lie.
-        to: the layout that the fused projections of the output must have, when the stamp alone shall not be believed.
+        to: the target of the conversion (LAYOUT, `split`, `fused:LAYOUT`), when the stamp alone shall not be believed.
     Raises MismatchError at the first row that differs, with its tensor, part, head and dim; FormatError and others as `inspect` does.
     """
-    wanted = None if to is None else Layout(to)
+    target = target_of(to) if to is not None else None
+    wanted = target.layout if target else None
     before = open_checkpoint(path, layouts or {}, sizes, [wanted] if wanted else [])
     after = open_checkpoint(out, {}, sizes, [packed.layout for packed in before.projections] + ([wanted] if wanted else []))
+    if target and target.split and any(packed.fused and packed.kind == "attention" for packed in after.projections):
+        raise MismatchError("the output has fused projections", expected="separate ones")
     if wanted is not None:
         _must_have(after, wanted, sizes)
     there = {packed.link: packed for packed in after.projections}
@@ -96,17 +99,15 @@ def verify(
 
 
 def _must_have(after: Checkpoint, wanted: Layout, given: Mapping[str, int]) -> None:
-    """Every fused projection with the parts of `wanted` has that layout."""
-    parts = {name.split(".")[0] for name in wanted.parts}
-    for packed in after.projections:
-        if packed.fused and {name.split(".")[0] for name in packed.layout.parts} == parts:
-            used = {name: size for name, size in given.items() if name in wanted.axes}
-            sizes = bind(wanted, **{**packed.sizes, **used})
-            solid = [
-                [entry.labels for entry in listing(*side) if not entry.zero] for side in ((wanted, sizes), (packed.layout, packed.sizes))
-            ]
-            if solid[0] != solid[1]:
-                raise MismatchError("the output has another layout", tensor=packed.name, expected=wanted, found=packed.layout)
+    """Every fused projection with the parts of `wanted` has that layout, and there is one."""
+    fused = [packed for packed in after.projections if packed.fused and set(base_names(packed.layout)) == set(base_names(wanted))]
+    if not fused:
+        raise MismatchError("the output has no fused projection with these parts", expected=wanted)
+    for packed in fused:
+        sizes = bind(wanted, **{**packed.sizes, **{name: size for name, size in given.items() if name in wanted.axes}})
+        one, two = (listing(layout, known) for layout, known in ((wanted, sizes), (packed.layout, packed.sizes)))
+        if len(one) != len(two) or any(a.labels != b.labels for a, b in zip(one, two, strict=True) if not b.zero):
+            raise MismatchError("the output has another layout", tensor=packed.name, expected=wanted, found=packed.layout)
 
 
 def _must_know(before: Checkpoint, after: Checkpoint) -> None:

@@ -96,7 +96,8 @@ def declared(
             suspects.append(name)
         if hits := hits_of(name, tails[tail], shapes):
             found[name] = hits
-            outcomes.fused(name, [hit for hit in hits if not hit.part])
+            if fused := [hit for hit in hits if not hit.part]:
+                outcomes.fused(name, fused)
     outcomes.separate(found)
     for name in suspects:
         if name not in outcomes.told and name not in outcomes.unknown:
@@ -160,8 +161,11 @@ class _Outcomes:
         return Projection(name, True, layout, told.sizes, axis, parts, told.rope, entry.source, entry.kind)
 
     def _choose(self, names: Sequence[str], fits: list[tuple[Hit, Projection]]) -> None:
-        different = {(fit.layout, fit.sizes, fit.axis): (hit, fit) for hit, fit in reversed(fits)}
         self.told.update(names)
+        if len(fits) == 1:
+            self.projections.append(fits[0][1])
+            return
+        different = {(fit.layout, fit.sizes, fit.axis): (hit, fit) for hit, fit in reversed(fits)}
         if len(different) == 1:
             self.projections.append(next(iter(different.values()))[1])
             return
@@ -234,6 +238,8 @@ class _Outcomes:
             told = self._sized(hit, layout, sum({names[part]: shape[axis] for part, shape in shapes.items()}.values()), first)
         if told is None or isinstance(told, str):
             return told
+        if missing := [part for part in told.rows if part not in names]:  # a bias of k=v, which cannot be called zero for one alone
+            return f"{' and '.join(missing)} of the same projection {'is' if len(missing) == 1 else 'are'} missing"
         for part, shape in shapes.items():
             if shape[axis] != told.rows[part]:
                 expected = f"{hit.claim.record.name} with {told.sizes.of(layout)} needs {told.rows[part]}"

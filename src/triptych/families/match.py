@@ -26,6 +26,7 @@ class Pattern(NamedTuple):
     """What a tensor's name must look like to be the fused tensor of a claim (`part` "") or one of its parts."""
 
     regex: re.Pattern[str]
+    holes: tuple[str, ...]  # "L", "S", in the order of the regex's groups after the first, which is the home
     claim: Claim
     part: str
     tail: int
@@ -90,7 +91,8 @@ def index_of(claims: Sequence[Claim]) -> dict[str, Sequence[Pattern]]:
         names = [("", entry.name)] * entry.on_disk + list(entry.parts) * entry.apart
         for part, name in names:
             for number, tail in enumerate(entry.tails):
-                index.setdefault(tail_of(name + tail), []).append(Pattern(_regex(entry.home, name + tail), claim, part, number))
+                regex = _regex(entry.home, name + tail)
+                index.setdefault(tail_of(name + tail), []).append(Pattern(regex, tuple(regex.groupindex)[1:], claim, part, number))
     return dict(index)
 
 
@@ -99,10 +101,10 @@ def hits_of(name: str, patterns: Sequence[Pattern], shapes: Mapping[str, Shape])
     hits = []
     for pattern in patterns:
         if match := pattern.regex.match(name):
-            groups = match.groupdict()
-            home = groups.pop("home")
-            if all((f"{home}{other.lstrip('!')}" in shapes) != other.startswith("!") for other in pattern.claim.entry.beside):
-                numbers = tuple((key, int(value)) for key, value in groups.items())
+            home, *rest = match.groups()
+            beside = pattern.claim.entry.beside
+            if not beside or all((f"{home}{other.lstrip('!')}" in shapes) != other.startswith("!") for other in beside):
+                numbers = tuple(zip(pattern.holes, map(int, rest), strict=True)) if rest else ()
                 hits.append(Hit(pattern.claim, pattern.part, pattern.tail, numbers, home))
     if not any(hit.claim.view.path for hit in hits):
         return hits

@@ -19,7 +19,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -108,8 +108,11 @@ def load_records(path: str | Path) -> tuple[Record, ...]:
         raise FormatError("a record file cannot be read", file=str(path), found=str(error)) from None
 
 
-def parse_records(text: str, file: str) -> tuple[Record, ...]:
-    """The records of a TOML text; `file` names it in errors."""
+def parse_records(text: str, file: str, package: str = "", verified: Mapping[str, Mapping[str, str]] | None = None) -> tuple[Record, ...]:
+    """The records of a TOML text.
+
+    Args: file: its name in errors. package: what sources are relative to. verified: family -> tensor -> how and when it was executed.
+    """
     try:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -125,8 +128,12 @@ def parse_records(text: str, file: str) -> tuple[Record, ...]:
         if "template" in raw:
             templates[raw["template"]] = raw
         else:
-            records += _records(raw, templates, where)
-    return tuple(records)
+            records += _records(raw, {"package": package}, templates, where)
+    known = verified or {}
+    return tuple(
+        replace(r, entries=tuple(replace(e, verified=known.get(r.name, {}).get(e.home + e.name, "read")) for e in r.entries))
+        for r in records
+    )
 
 
 def _several(fused: object, where: str) -> list[str | None]:
@@ -147,9 +154,8 @@ def _check(table: object, keys: Mapping[str, Any], where: str) -> dict[str, Any]
     return table
 
 
-def _records(raw: dict[str, Any], templates: Mapping[str, dict[str, Any]], where: str) -> list[Record]:
-    """One record, or one for each type when `types` is a table type -> source."""
-    base: dict[str, Any] = {}
+def _records(raw: dict[str, Any], base: dict[str, Any], templates: Mapping[str, dict[str, Any]], where: str) -> list[Record]:
+    """One record, or one for each type when `types` is a table type -> source; `base` holds what neither it nor its template says."""
     if "like" in raw:
         if raw["like"] not in templates:
             raise FormatError(
@@ -158,7 +164,7 @@ def _records(raw: dict[str, Any], templates: Mapping[str, dict[str, Any]], where
                 found=raw["like"],
                 expected=", ".join(templates) or "none",
             )
-        base = templates[raw["like"]]
+        base = {**base, **templates[raw["like"]]}
     merged = {**base, **raw, "defaults": {**base.get("defaults", {}), **raw.get("defaults", {})}}
     merged["tensor"] = [*raw.get("tensor", ()), *base.get("tensor", ())]
     types = raw.get("types", [])
@@ -176,26 +182,23 @@ def _record(raw: dict[str, Any], where: str) -> Record:
     tensors = [{**tensor, "fused": name} if name else tensor for tensor in tensors for name in _several(tensor.get("fused"), where)]
     if not tensors:
         raise FormatError("a record needs at least one [[family.tensor]]", where=where)
-    package = raw.get("package", PACKAGE if where.startswith("data/") else "")
-    source = f"{package}:{source}" if package else source
-    name = raw.get("name") or (types[0] if types else "")
+    source = f"{raw['package']}:{source}" if raw["package"] else source
     return Record(
-        name=name,
+        name=raw.get("name") or (types[0] if types else ""),
         types=types,
         ecosystem=raw.get("ecosystem", "transformers"),
         source=source,
         checked=raw.get("checked", ""),
         note=raw.get("note", ""),
         defaults=raw["defaults"],
-        entries=tuple(_entry(tensor, name, source, f"{where}, tensor {tensor.get('fused') or tensor.get('join')}") for tensor in tensors),
+        entries=tuple(_entry(tensor, source, f"{where}, tensor {tensor.get('fused') or tensor.get('join')}") for tensor in tensors),
     )
 
 
-def _entry(raw: dict[str, Any], family: str, source: str, where: str) -> Entry:
+def _entry(raw: dict[str, Any], source: str, where: str) -> Entry:
     if ("fused" in raw) == ("join" in raw):
         raise FormatError("a tensor has either `fused`, the name in the file, or `join`, the name by rule", where=where)
-    tensor = str(raw.get("fused") or raw.get("join"))
-    home, _, name = tensor.rpartition(".")
+    home, _, name = str(raw.get("fused") or raw.get("join")).rpartition(".")
     try:
         layout = Layout(raw.get("layout", ""))
         bias_layout = Layout(raw.get("bias_layout", layout))
@@ -234,7 +237,7 @@ def _entry(raw: dict[str, Any], family: str, source: str, where: str) -> Entry:
         rotary=raw.get("rotary", ""),
         kind=kind,
         source=raw.get("source", source),
-        verified=_verified().get(family, {}).get(tensor, "read") if where.startswith("data/") else "read",
+        verified="read",
         note=raw.get("note", ""),
         companions=tuple((str(k), str(v)) for k, v in raw.get("companions", {}).items()),
     )
@@ -274,7 +277,7 @@ def _sources() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=64)
 def _file(name: str) -> tuple[Record, ...]:
-    return parse_records(next(text for file, text in _sources() if file == name), f"data/{name}")
+    return parse_records(next(text for file, text in _sources() if file == name), f"data/{name}", PACKAGE, _verified())
 
 
 def all_records() -> tuple[Record, ...]:

@@ -51,7 +51,7 @@ def conflicts(entries: Sequence[Entry], fits: Mapping[int, Fit | None], reader: 
             if this != kind or len(by_rows) < 2 or any(pair.part == role for pair in found):
                 continue
             ordered = sorted(by_rows.values(), key=lambda group: group[0].index)
-            chief = next((g for g in ordered if _layout(fits, g[0]) == truth is not None), ordered[0])
+            chief = next((group for group in ordered if truth is not None and _layout(fits, group[0]) == truth), ordered[0])
             for other in ordered:
                 if other is chief:
                     continue

@@ -169,7 +169,8 @@ def _in_place(case: _Case, pairs: list[Pair]) -> Diagnosis | None:
     if not good.all():
         return None
     rows = len(good)
-    what = f"all {rows} rows agree" + (f", the largest difference is {difference:.1e}" if difference else " to the last bit")
+    at = "" if case.a.dtype == case.b.dtype else f" at {case.precision.name} precision"
+    what = f"all {rows} rows agree{at}, the largest difference is {difference:.1e}" if difference else f"all {rows} rows are equal{at}"
     return Diagnosis("equal", rows, rows, np.arange(rows), difference=difference, what=what)
 
 
@@ -280,17 +281,18 @@ def _matched(case: _Case) -> Diagnosis:
         what = "no samples in common, by which to compare rows"
         return Diagnosis("different", 0, rows, np.full(rows, NONE), what=what, lines=lines)
     likely = [pair for i, pair in enumerate(case.pairs) if (pair.few != NONE).any() or (i == 0 and max(pair.a.rows, pair.b.rows) <= MANY)]
-    pair = _most_rows_shared(likely) if likely else case.pairs[0]
     if not likely:
-        return _different(pair, np.full(pair.a.rows, NONE), 0.0, f"none of {FEW_ROWS} rows of a, taken at random, is a row of b")
+        nothing = f"none of {FEW_ROWS} rows of a, taken at random, is a row of b"
+        return _different(case, case.pairs[0], np.full(case.pairs[0].a.rows, NONE), nothing=nothing)
+    pair = _most_rows_shared(likely)
     index, difference = pair.matched
     if (index == NONE).all():
-        return _different(pair, index, difference)
+        return _different(case, pair, index, difference)
     found = shared_parts(pair, _known_of_part(case, pair, index))
     if found:
         return _shared(found)
     if (index == NONE).any() or pair.a.rows != pair.b.rows:
-        return _different(pair, index, difference)
+        return _different(case, pair, index, difference)
     fix = to_order_of(pair.a, pair.b, None, index)
     at = f" with {Sizes(case.known)}" if case.known else ""
     what = f"the same {len(index)} rows in an order that no known layout explains{at}"
@@ -340,17 +342,19 @@ def _known_of_part(case: _Case, pair: Pair, index: Index) -> Iterator[Mapping[st
         yield {"h": pair.a.rows // known["d"], **known} if pair.a.rows % known.get("d", pair.a.rows + 1) == 0 else known
 
 
-def _different(pair: Pair, index: Index, difference: float, nothing: str = "no row of a is a row of b") -> Diagnosis:
+def _different(case: _Case, pair: Pair, index: Index, difference: float = 0.0, nothing: str = "no row of a is a row of b") -> Diagnosis:
     count, total = int((index != NONE).sum()), len(index)
     alone = np.flatnonzero(index == NONE)
+    placed = bool((index == np.arange(total))[index != NONE].all())
     lines = {"a": f"{tuple(pair.a.tensor.shape)}   -> {total} rows", "b": f"{tuple(pair.b.tensor.shape)}   -> {pair.b.rows} rows"}
     what = f"{count} of {total} rows of a are rows of b" if count else nothing
     if count:
-        placed = ", the others stand in the same place in both" if (index == np.arange(total))[index != NONE].all() else ""
-        lines["rows"] = f"{numbers(alone)} of a have no partner{placed}"
+        lines["rows"] = f"{numbers(alone)} of a have no partner" + (", the others stand in the same place in both" if placed else "")
     if pair.a.samples == 1 and count:
         lines["rows"] += "; single values can be equal by chance"
     nearest = 0.0 if count or pair.a.samples < FEW else pair.distance()
     if 0 < nearest < 0.1:
         lines["try"] = f"tolerance={2 * nearest:.1g}: the nearest rows are apart by {nearest:.1g} of their size"
+    if count and not placed and not case.known:
+        lines["try"] = "the sizes that are known: h=, g=, d="
     return Diagnosis("different", count, total, index, difference=difference, what=what, lines=lines)

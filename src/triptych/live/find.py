@@ -203,7 +203,7 @@ def _of_modules(name: str, root: nn.Module) -> Iterator[Fused]:
         own = dict(module.named_parameters(recurse=False))
         home = root.get_submodule(path.rpartition(".")[0]) if path else root
         for key, tensor in own.items():
-            if tensor.dim() < 2 or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            if nn.parameter.is_lazy(tensor) or tensor.dim() < 2 or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 continue
             bias_key = key.replace("weight", "bias")
             text = ".".join(filter(None, [name, path, key]))
@@ -265,7 +265,7 @@ def hints_of(fused: Fused, fn: object) -> dict[str, int]:
     for axis, names in (("h", _HEADS), ("g", _KV_HEADS), ("d", _DIMS)):
         for owner in owners:
             for name in names:
-                value = getattr(owner, name, None)
+                value = getattr(owner, "__dict__", {}).get(name)
                 if isinstance(value, int) and not isinstance(value, (bool, torch.SymInt)) and value > 0:
                     out.setdefault(axis, value)
     return out

@@ -24,7 +24,7 @@ NONE = -1
 """In an index: this row has no partner."""
 STRETCHES = 16
 """Random sums taken of a row."""
-COMPARED = 1 << 20
+COMPARED = 1 << 17
 """Pairs of rows looked at together."""
 FEW_ROWS = 200
 """Looked at before all are."""
@@ -75,6 +75,8 @@ def precision(a: Tensor, b: Tensor, tolerance: float | None = None) -> Precision
 
 def _name(tensor: Tensor) -> str:
     text = str(tensor.dtype).removeprefix("torch.")
+    if str(getattr(tensor, "device", "")) == "meta":
+        raise LayoutError("a tensor on the meta device has no values to compare", found=f"{text} {tuple(tensor.shape)}")
     if text.startswith("float8"):
         return "float8"
     if text in _PRECISIONS:
@@ -106,8 +108,10 @@ def _numpy(tensor: Tensor) -> Values:
 
 
 class Matrix:
-    """A tensor as [rows, samples], under one choice of the axes that make up the rows. Read in blocks; the tensor itself is not copied
-    unless its row axes lie apart."""
+    """A tensor as [rows, samples], under one choice of the axes that make up the rows.
+
+    It is read in blocks; the tensor is copied only where its row axes lie apart.
+    """
 
     def __init__(self, tensor: Tensor, axes: tuple[int, ...], rounded: str) -> None:
         others = tuple(i for i in range(tensor.ndim) if i not in axes)

@@ -19,6 +19,7 @@ def mend(side: Entry, other: Entry, part: str, fits: dict[int, Fit | None], entr
     line = _line_up(side, entries)
     slices = [e for e in line if e.kind == "weight" and e.grid.order.tobytes() == side.grid.order.tobytes()]
     whole = [e for e in line if e.kind == "activation" and e.grid.is_rows and len(e.grid.order) == fused.rows]
+    whole = [e for e in whole if not any(o.name[:2] == e.name[:2] and o.index > e.index for o in whole)]  # still bound
     if side.kind != "activation" or not (side.whole or fused.kind == "activation"):
         return "\n".join(_weight_lines(side, part, wanted, slices, line, entries, fused))
     flat = [e for e in whole if e.grid.axes == (len(e.shape) - 1,)]
@@ -63,8 +64,8 @@ def _weight_lines(
         lines.append(f"{w.name.text if w else f'w_{part}'} = {part_line(layout, sizes, part, weight, axis)}{tail}")
     if fused.bias is not None and side.kind != "weight":
         lines.append(f"{b.name.text if b else f'b_{part}'} = {part_line(layout, sizes, part, bias, bias=True)}")
-    if w is None and side.kind == "activation":
-        lines.append(f"# and compute {side.name.text} from these instead of the slice")
+    if side.kind == "activation" and (w is None or (fused.bias is not None and b is None)):
+        lines.append(f"# and compute {side.name.text} from these, not from slices")
     return lines
 
 

@@ -127,7 +127,7 @@ def _reorderings(pair: Pair, options: list[Candidate]) -> Iterator[Explanation]:
 
 
 def _alike(pair: Pair, options: list[Candidate]) -> Iterator[tuple[int, int, int, list[Candidate], Rows]]:
-    """(rank, i, j, candidates, their [candidates, rows] row of every label): pairs of layouts that fit the projections."""
+    """(rank, i, j, candidates, their [candidates, rows] row of every label): pairs of layouts that fit the sums."""
     groups: dict[object, list[tuple[int, Candidate]]] = {}
     for rank, option in enumerate(options):
         if option.layout.parts == ("",) and option.who.startswith("nobody"):  # a way to read rows, not to store them

@@ -117,7 +117,7 @@ class Reader:
     """Knows the layouts that could be meant at the sizes that best explain all tensors of a trace.
 
     Args: total: rows of the fused tensor. held: what its tensors hold. hints: sizes that the module names, as far as it does.
-        truth: the layout that is known to be right.
+        truth: the layout that is known to be right; `truth_fits` tells whether it does at any of these sizes.
     """
 
     def __init__(self, total: int, held: Sequence[Held], hints: Mapping[str, int], truth: Layout | None) -> None:
@@ -125,7 +125,9 @@ class Reader:
         self._table: dict[_Key, list[Fit]] = {}
         wanted = [one for one in _distinct(held) if one.grid.is_rows and 0 < len(one.grid.order) < total]
         best, most = 0.0, sum(1.0 for one in wanted if one.roles)
+        self.truth_fits = False
         for found in itertools.islice(_sizings(total, [one.grid for one in wanted], hints, truth), MAX_SIZINGS):
+            self.truth_fits = self.truth_fits or any(candidate.layout == truth for candidate in found)
             table = dict(_fits(found, [one.grid for one in wanted]))
             score = sum(_worth(one, table.get(_key(one.grid), [])) for one in wanted)
             if score > best:

@@ -110,7 +110,7 @@ class Report:
     misread: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join(line.rstrip() for line in self._lines())
+        return printable("\n".join(line.rstrip() for line in (*self._head(), "", *self._table(), *self._verdict())))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the result and the exception are only named."""
@@ -129,32 +129,19 @@ class Report:
             "misread": list(self.misread),
         }
 
-    def _lines(self) -> Iterator[str]:
+    def _head(self) -> Iterator[str]:
         yield _cut(f"{self.function} ({Path(self.file).name}), {self.rows} rows of {self.fused}")
         if self.error is not None:
             first = (str(self.error).splitlines() or [""])[0]
             line = f" on line {self.error_line}" if self.error_line else ""
-            yield _cut(f"it stopped{line}: {type(self.error).__name__}{': ' if first else ''}{printable(first)}")
-        yield ""
-        yield from self._table()
-        for finding in self.findings:
-            yield f"  ! {finding}"
-        for _, group in itertools.groupby(self.conflicts, key=lambda c: (c.layout_a, c.layout_b, c.wrong)):
-            yield ""
-            yield from self._conflict(list(group))
-        if any(c.layout_a and c.layout_b and not c.wrong for c in self.conflicts):
-            yield "The numbers cannot tell which is right. What can: the forward that the model was"
-            yield "trained with (trace it), config.json's model_type, `triptych detect FILE`."
-        if not self.conflicts:
-            yield ""
-            yield from map(_cut, self._verdict_without_conflict().splitlines())
+            yield _cut(f"it stopped{line}: {type(self.error).__name__}{': ' if first else ''}{first}")
 
     def _table(self) -> Iterator[str]:
         groups = [list(group) for _, group in itertools.groupby(self.tensors, key=_alike)]
         shown = groups
         if len(groups) > MAX_LINES:  # first to go is what has no name of its own in the language
             shown = [group for group in groups if group[0].layout is not None or group[0].note.startswith("all")][:MAX_LINES]
-        lines = [("line", "tensor", "shape", "holds"), *map(_table_line, shown)]
+        lines = [_COLUMNS, *map(_table_line, shown)]
         widths = [min(max(len(line[i]) for line in lines), MAX_NAMES) for i in range(3)]
         homes = [None, *((group[0].function, group[0].file) for group in shown)]
         many = len(set(homes)) > 2
@@ -195,25 +182,39 @@ class Report:
                 yield f"{'Were' if first.wrong else 'If'} {layout} {'' if first.wrong else 'is '}right, mend {', '.join(names)}:"
             yield from (f"    {line}" for line in fix)
 
-    def _verdict_without_conflict(self) -> str:
+    def _verdict(self) -> Iterator[str]:
+        yield from (f"  ! {finding}" for finding in self.findings)
+        for _, group in itertools.groupby(self.conflicts, key=lambda c: (c.layout_a, c.layout_b, c.wrong)):
+            yield ""
+            yield from self._conflict(list(group))
+        if any(c.layout_a and c.layout_b and not c.wrong for c in self.conflicts):
+            yield "The numbers cannot tell which is right. What can: the forward that the model was"
+            yield "trained with (trace it), config.json's model_type, `triptych detect FILE`."
+        if self.conflicts:
+            yield "(A layout names the rows slowest first: h heads, d dims, parts side by side.)"
+            return
+        yield ""
         if not self.tensors:
-            return "No tensor with a name holds rows of it."
-        if self.truth is None:
-            return "No conflicts."
-        right = f"{self.truth} is right: {self.truth_source}."
-        return f"{right}\nBut {'; '.join(self.misread)}." if self.misread else f"No conflicts. {right}"
+            yield "No tensor with a name holds rows of it."
+        elif self.misread:
+            yield _cut(f"{self.truth} is right: {self.truth_source}.")
+            yield _cut(f"But {'; '.join(self.misread)}.")
+        else:
+            yield _cut("No conflicts." + (f" {self.truth} is right: {self.truth_source}." if self.truth else ""))
 
     def _repr_html_(self) -> str:
-        cells = [_table_line(list(group)) for _, group in itertools.groupby(self.tensors, key=_alike)]
-        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in cells)
-        head = "".join(f"<th>{name}</th>" for name in ("line", "tensor", "shape", "holds"))
-        text = str(self).split("\n")
-        first = next(i for i, line in enumerate(text) if line.startswith("  line")) if self.tensors else 0
-        rest = "\n".join(text[first + 1 :]).partition("\n\n")[2]
-        return (
-            f"<div><p>{html.escape(chr(10).join(text[:first]).strip())}</p>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><pre>{html.escape(rest)}</pre></div>"
-        )
+        lines = (_table_line(list(group)) for _, group in itertools.groupby(self.tensors, key=_alike))
+        rows = "".join(f"<tr>{''.join(f'<td>{_escaped(cell)}</td>' for cell in line)}</tr>" for line in lines)
+        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return f"<div><p>{_escaped(chr(10).join(self._head()))}</p>{table}<pre>{_escaped(chr(10).join(self._verdict()))}</pre></div>"
+
+
+_COLUMNS = ("line", "tensor", "shape", "holds")
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))
 
 
 def _alike(tensor: TracedTensor) -> tuple[object, ...]:

@@ -150,7 +150,8 @@ def moved(call: Call) -> Labels:
     given = {name: labels_of(name, value) for name, value in call.values.items()}
     if "out" in call.written:
         given["out"] = torch.empty(call.outs[0].shape, dtype=torch.int32, device="cpu")
-    return [call.func(**given)]
+    result = call.func(**given)
+    return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
 # -- linear maps -------------------------------------------------------------------------------------------------------

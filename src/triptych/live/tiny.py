@@ -295,8 +295,8 @@ def _made(name: str, model: Any, image: tuple[int, int]) -> Any:
     if name == "hidden_states":
         if "grid_thw" in inspect.signature(model.forward).parameters:
             return torch.randn(side * side, channels * patch * patch * _get(config, "temporal_patch_size", 1))
-        inputs = getattr(config, "input_dim", None)
-        return torch.randn(1, TOKENS, inputs if _number(inputs) else _width(config))
+        width = next(iter(_listed(getattr(config, "input_dim", None))), _width(config))
+        return torch.randn(1, TOKENS, width)
     if name in ("inputs_embeds", "hidden_state", "query", "query_embeds", "encoder_hidden_states"):
         return torch.randn(1, TOKENS, _width(config))
     if name == "input_features":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayoutError, TraceError, TriptychError
+from ..errors import TraceError, TriptychError
 from ..families import declared, lookup
 from ..layout import Layout
 from .compare import Pair, conflicts, rows_of
@@ -45,6 +45,7 @@ def trace(
             too; its last axis is then followed.
         layout: the layout that is known to be right; else that of the model's family, when its config names one.
     Exceptions of `fn` are in the report's `error`, what it returns in `result`. The report's tensors hold row numbers and no data.
+    What leaves torch (NumPy, kernels of other libraries) is not followed: a tensor made from it is not in the report.
     Raises TraceError when the fused projection cannot be told.
     """
     if not callable(fn):
@@ -56,8 +57,7 @@ def trace(
     shadow.label(target.tensor.detach(), target.axis, target.kind)
     if target.bias is not None:
         shadow.label(target.bias.detach(), kind="bias")
-    if any(torch.is_autocast_enabled(device) for device in ("cpu", target.tensor.device.type)):
-        torch.clear_autocast_cache()  # casts made before would hide the labels
+    torch.clear_autocast_cache()  # casts made before would hide the labels
     names = Names(book.seen, shadow.version, book.place)
     result: Any = None
     error: Exception | None = None
@@ -69,7 +69,10 @@ def trace(
         error = raised.with_traceback(inner)
     book.returned(result, names.outermost)
     shadow.findings.update(names.trouble)
-    return _report(fn, target, book.entries, shadow, truth, source, {**hints}, result, error)
+    code = names.outermost.code if names.outermost else getattr(getattr(fn, "forward", fn), "__code__", None)
+    title = type(fn).__name__ if isinstance(fn, nn.Module) or code is None else code.co_name
+    file = code.co_filename if code else ""
+    return _report(title, file, target, book.entries, shadow, truth, source, hints, result, error)
 
 
 def _truth(target: Fused, fn: object, layout: Layout | str | None) -> tuple[Layout | None, str, Mapping[str, int]]:
@@ -103,7 +106,8 @@ def _names_in_files(target: Fused, config: Mapping[str, Any] | None) -> Iterator
 
 
 def _report(
-    fn: Callable[..., Any],
+    title: str,
+    file: str,
     target: Fused,
     entries: list[Entry],
     shadow: Shadow,
@@ -115,16 +119,14 @@ def _report(
 ) -> Report:
     held = {entry.index: Held(entry.grid, tuple(name.text for name in entry.names)) for entry in entries}
     usable = {axis: size for axis, size in hints.items() if axis in ("h", "g", "d")}
-    try:
-        reader = Reader(target.rows, list(held.values()), usable, truth)
-    except LayoutError as wrong:
-        raise TraceError(wrong.what, **wrong.fields) from wrong
+    reader = Reader(target.rows, list(held.values()), usable, truth)
     fits = {index: reader.best(one) for index, one in held.items()}
     frame = _reference(fits, truth)
-    code = getattr(getattr(fn, "forward", fn), "__code__", None)
+    if truth is not None and not reader.truth_fits:
+        shadow.findings[f"{truth} fits {target.rows} rows at none of the sizes seen"] = ""
     return Report(
-        getattr(fn, "__qualname__", type(fn).__name__).rpartition(".")[2],
-        code.co_filename if code else entries[0].file if entries else "",
+        title,
+        file,
         target.weight_text,
         target.rows,
         tuple(_tensor(entry, fits[entry.index], target.rows, frame) for entry in entries),
