@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test check bench soak clean
+.PHONY: help demo test check bench families soak clean
 help:
 	@echo "make demo    the main job on real trained weights, and the puzzle"
 	@echo "make test    the test suite"
 	@echo "make check   format, lint, types, doctests, import layers"
 	@echo "make bench   speed, as ratios against named peers"
+	@echo "make families  every family record against the model's own code; writes docs/families.md"
 	@echo "make soak    long campaigns"
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -33,8 +34,12 @@ bench: .venv/.ready
 	$(BIN)/python bench/tensors.py
 	$(BIN)/python bench/convert.py
 
+families: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families_report
+
 soak: .venv/.ready
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m tests.real_weights
 
 clean:
 	rm -rf .venv .demo .bench build dist src/*.egg-info

@@ -1,54 +1,78 @@
-"""The proof of the table: a small model of every family that transformers can build is probed and compared with its record.
+"""The proof of the table: a small model of every type that transformers can build is run, or loaded, and compared with its record.
 
-`python -m tests.families_report [TYPE ...]` prints a line a type; without types it writes docs/families.md.
+`python -m tests.families_report` does so for all of them, each within a time limit, and writes docs/families.md and verified.json;
+`python -m tests.families_report TYPE ...` prints what it finds and writes nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
+import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
+from tests.families_loaded import loaded
 from triptych.errors import TriptychError
 from triptych.families import all_records
 from triptych.families.declare import Projection, declared
+from triptych.families.match import claims_of, hits_of, index_of, tail_of
+from triptych.families.records import DATA
+from triptych.families.sized import applies
 from triptych.layout import Layout
 from triptych.live.probe import Probed, smallest
 from triptych.rowmap import parts
 from triptych.sizes import Sizes
 
-ROOT = Path(__file__).parent.parent
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+LIMIT, WORKERS = 60, 2
 OTHER_NAMES = {"gate": "z", "in_gate": "z", "k_nope": "k", "k_rope": "rope", "q_nope": "nope", "q_rope": "rope", "kv_latent": "latent"}
 """Part names that say the same; the probe knows no family's words."""
 
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 1e4}},
-    "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
-    "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 1408},
+TWELVE = {"num_attention_heads": 12, "hidden_size": 768}
+CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "dbrx": ({"attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 1e4}},),
+    "bamba": ({"attn_layer_indices": [1], "num_hidden_layers": 2},),
+    "granitemoehybrid": ({"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},),
+    "deepseek_v2": ({"num_experts_per_tok": 2, "moe_intermediate_size": 1408},),
+    "falcon": (
+        {"new_decoder_architecture": True, "num_kv_heads": 4, **TWELVE},
+        {"multi_query": True, **TWELVE},
+        {"multi_query": False, **TWELVE},
+    ),
+    "gpt_bigcode": ({}, {"multi_query": False}),
 }
-"""For types whose default config no model can be made of."""
+"""For types whose default config no model can be made of, or that have several layouts."""
+
+Key = tuple[str, str, str, str]
+"""An entry of the table: record, tensor, layout, condition."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One projection of a type: what the record says, what was executed, and `fault` when they differ."""
+    """One projection of a type: what the record says, what was seen, by which way (`how`), and `fault` when they differ."""
 
     tensor: str
     declared: str
     executed: str
     rotary: str | None
     fault: str
+    keys: tuple[Key, ...] = ()
+    how: str = "executed"
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,13 @@ class Verdict:
         """Something was executed, and nothing that was differs."""
         return any(one.executed for one in self.compared) and not any(one.fault and one.executed for one in self.compared)
 
+    @property
+    def how(self) -> str:
+        """"executed", "loaded" or "read"."""
+        if not self.agrees:
+            return "read"
+        return "executed" if any(one.executed and one.how == "executed" for one in self.compared) else "loaded"
+
 
 def types() -> list[str]:
     """Every model type with a fused attention, MLA or linear-attention tensor of its own that transformers knows."""
@@ -74,52 +105,87 @@ def types() -> list[str]:
     return sorted(kind for kind in known if kind in transformers.CONFIG_MAPPING)
 
 
+def model_of(kind: str) -> str:
+    """The model that a type is part of, as transformers groups them: qwen2_vl for qwen2_vl_vision."""
+    return str(transformers.CONFIG_MAPPING[kind].__module__.split(".")[2])
+
+
 def verdict(kind: str) -> Verdict:
-    """Builds, probes and compares one type."""
+    """Builds, probes and compares one type, in all its variants."""
     start = time.perf_counter()
-    try:
-        model, found = smallest(transformers.AutoConfig.for_model(kind, **CONFIGS.get(kind, {})), **_unequal(kind))
-    except Exception:  # not every model can have fewer kv heads
+    found: dict[tuple[str, ...], Compared] = {}
+    problems = []
+    for overrides in CONFIGS.get(kind, ({},)):
         try:
-            model, found = smallest(transformers.AutoConfig.for_model(kind, **CONFIGS.get(kind, {})))
+            found |= {(re.sub(r"\d+", "{L}", one.tensor), one.executed, one.fault): one for one in reversed(_seen(kind, overrides))}
         except TriptychError as error:
-            return Verdict(kind, (), time.perf_counter() - start, " ".join(str(error.fields.get("found") or error).split())[:160])
+            problems.append(" ".join(str(error.fields.get("found") or error).split())[:160])
         except Exception as error:  # a config class that cannot be made
-            return Verdict(kind, (), time.perf_counter() - start, f"{type(error).__name__}: {error}"[:160])
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    said = declared(model.config.to_dict(), shapes)
-    fused = {p.name.removesuffix(".weight"): p for p in said.projections if p.fused and not p.name.endswith("bias")}
-    compared = {}
-    for name, projection in fused.items():
-        seen = found.get(name)
-        if seen is not None or projection.kind != "mlp":
-            one = _compared(name, projection, seen)
-            compared.setdefault((re.sub(r"\d+", "{L}", name), one.executed, one.fault), one)
-    problem = "" if compared else "the record names no fused tensor of this model"
-    return Verdict(kind, tuple(compared.values()), time.perf_counter() - start, problem)
+            problems.append(f"{type(error).__name__}: {error}"[:160])
+    if not found and not problems:
+        problems.append("the module has no such tensor, and loading converts none to its own")
+    return Verdict(kind, tuple(reversed(found.values())), time.perf_counter() - start, problems[0] if problems else "")
+
+
+def _seen(kind: str, overrides: dict[str, Any]) -> list[Compared]:
+    model, found = _smallest(kind, overrides)
+    config = model.config.to_dict()
+    compared = _all_compared(config, {name: tuple(p.shape) for name, p in model.state_dict().items()}, found, "executed")
+    if not any(one.executed for one in compared):
+        shapes, found = loaded(model)
+        compared += _all_compared(config, shapes, found, "loaded")
+    return compared
+
+
+def _smallest(kind: str, overrides: dict[str, Any]) -> tuple[Any, dict[str, Probed]]:
+    try:
+        return smallest(transformers.AutoConfig.for_model(kind, **overrides), **_unequal(kind))
+    except Exception:  # not every model can have fewer kv heads
+        return smallest(transformers.AutoConfig.for_model(kind, **overrides))
 
 
 def _unequal(kind: str) -> dict[str, Any]:
     """Fewer kv heads than heads where a config has both and they are equal, so that a record which mixes them up shows it."""
-    try:
-        config = transformers.CONFIG_MAPPING[kind]()
-    except Exception:  # what cannot be made is told by `smallest`
-        return {}
+    config = transformers.CONFIG_MAPPING[kind]()
     heads, kv = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     if isinstance(heads, int) and heads == kv and heads % 4 == 0 and getattr(config, "kv_lora_rank", None) is None:
         return {"num_key_value_heads": heads // 4}
     return {}
 
 
-def _compared(name: str, said: Projection, seen: Probed | None) -> Compared:
+def _all_compared(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Probed], how: str
+) -> list[Compared]:
+    said = declared(config, shapes)
+    index = index_of(tuple(claims_of(config, (), ())))
+    compared = []
+    for p in said.projections:
+        name = p.name.removesuffix(".weight")
+        if p.fused and not p.name.endswith("bias") and (name in found or p.kind != "mlp"):
+            keys = tuple(_keys(p, index, shapes))
+            compared.append(_compared(name, p, found.get(name), keys, how))
+    return compared
+
+
+def _keys(said: Projection, index: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Key]:
+    """The entries that say so."""
+    for hit in hits_of(said.name, index.get(tail_of(said.name), ()), shapes):
+        entry = hit.claim.entry
+        if (hit.part, hit.tail, entry.layout, entry.source) != ("", 0, said.layout, said.source):
+            continue
+        if applies(entry, hit.claim.view, dict(hit.numbers)):
+            yield hit.claim.record.name, entry.home + entry.name, str(entry.layout), entry.when
+
+
+def _compared(name: str, said: Projection, seen: Probed | None, keys: tuple[Key, ...], how: str) -> Compared:
     layout = f"{said.layout}  {said.sizes.of(said.layout)}"
     if seen is None or seen.layout is None:
-        return Compared(name, layout, "", None, "not executed" if seen is None else seen.note)
+        return Compared(name, layout, "", None, "no call of it was seen" if seen is None else seen.note, keys, "read")
     executed = f"{seen.layout}  {seen.sizes.of(seen.layout)}"
     fault = "" if same_rows(said.layout, said.sizes, seen.layout, seen.sizes) else "the rows differ"
     if not fault and said.rope != seen.rotary and said.kind in ("attention", "mla"):
         fault = f"rotary: the record says {said.rope}, the code does {seen.rotary}"
-    return Compared(name, layout, executed, seen.rotary, fault)
+    return Compared(name, layout, executed, seen.rotary, fault, keys, how)
 
 
 def same_rows(a: Layout, a_sizes: Mapping[str, int], b: Layout, b_sizes: Mapping[str, int]) -> bool:
@@ -134,43 +200,144 @@ def _rows(layout: Layout, sizes: Mapping[str, int]) -> dict[str, bytes]:
     }
 
 
-def table(verdicts: list[Verdict]) -> str:
+# All types, in processes of their own.
+
+
+def _work(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while True:
+            pipe.send(verdict(pipe.recv()))
+
+
+class _Worker:
+    """A process that answers with verdicts, started anew after one that took too long or died."""
+
+    def __init__(self) -> None:
+        self.process: Any = None
+
+    def verdict(self, kind: str) -> Verdict:
+        if self.process is None or not self.process.is_alive():
+            context = multiprocessing.get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+            self.process.start()
+            theirs.close()
+        start = time.perf_counter()
+        self.pipe.send(kind)
+        try:
+            if self.pipe.poll(LIMIT):
+                answer: Verdict = self.pipe.recv()
+                return answer
+            problem = f"took more than {LIMIT} s"
+        except EOFError:
+            problem = "the process died"
+        self.process.kill()
+        self.process.join()
+        return Verdict(kind, (), time.perf_counter() - start, problem)
+
+
+def verdicts(kinds: list[str]) -> list[Verdict]:
+    """In the order of `kinds`, a few at a time; each is printed when it is known."""
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    for _ in range(WORKERS):
+        idle.put(_Worker())
+
+    def one(kind: str) -> Verdict:
+        worker = idle.get()
+        try:
+            answer = worker.verdict(kind)
+            print(shown(answer), flush=True)
+            return answer
+        finally:
+            idle.put(worker)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(one, kinds))
+
+
+def shown(v: Verdict) -> str:
+    lines = [f"{v.name:32} {v.seconds:5.1f} s  {v.how if v.agrees else v.problem or 'DIFFERS'}"]
+    for c in v.compared:
+        lines.append(f"    {c.tensor:50} {c.executed or c.declared}  {c.rotary or ''}" + (f"  <- {c.declared}: {c.fault}" if c.fault else ""))
+    return "\n".join(lines)
+
+
+# What is written.
+
+
+def counts(found: list[Verdict]) -> Counter[str]:
+    """Models by the weakest way in which a type of theirs is known."""
+    models: dict[str, list[str]] = {}
+    for v in found:
+        models.setdefault(model_of(v.name), []).append(v.how)
+    return Counter(next(how for how in ("read", "loaded", "executed") if how in ways) for ways in models.values())
+
+
+def table(found: list[Verdict], date: str) -> str:
     """docs/families.md."""
-    executed = [v for v in verdicts if v.agrees]
+    number = counts(found)
     lines = [
         "# Families, as executed",
         "",
-        f"A small model of each type was built with transformers {transformers.__version__}, run, and compared with its record "
-        f"({datetime.date.today().isoformat()}, `make families`).",
-        f"{len(executed)} of {len(verdicts)} types agree with their record in every fused tensor that ran.",
+        f"Written by `make families` with transformers {transformers.__version__}, {date}.",
+        "",
+        f"{number['executed']} of {number.total()} types verified by execution, {number['loaded']} through the library's own loader, "
+        "the rest read, with the reason.",
+        "",
+        "A type counts as one with its towers (`qwen2_vl` with `qwen2_vl_vision`), and as what its weakest tower is; each has lines of its "
+        "own below.",
+        "",
+        "- executed: a small model was built and run with labelled rows; they reached the parts, heads and dims that the record says.",
+        "- loaded: the module has no such tensor; a file with labelled rows was written, loaded through transformers' own conversion, "
+        "and the rows followed from there.",
+        "- read: the record was written from the source; why nothing was run, or what was seen instead, stands beside it.",
         "",
         "| type | tensor | layout | rotary | how verified |",
         "|---|---|---|---|---|",
     ]
-    for v in verdicts:
+    for v in found:
         for one in v.compared:
-            how = one.fault or "executed"
-            cell = (one.executed or one.declared).split("  ")[0].replace("|", "\\|")
-            lines.append(f"| {v.name} | `{one.tensor}` | `{cell}` | {one.rotary or ''} | {how} |")
-        if v.problem:
-            lines.append(f"| {v.name} | | | | not executed: {v.problem.replace('|', ' ')} |")
+            how = f"{'differs' if one.executed else 'read'}: {one.fault}" if one.fault else one.how
+            layout = (one.executed if not one.fault else one.declared).split("  ")[0]
+            lines.append("| " + " | ".join(_cell(x) for x in (v.name, f"`{one.tensor}`", f"`{layout}`", one.rotary or "", how)) + " |")
+        if not v.compared:
+            lines.append(f"| {v.name} | | | | read: {_cell(v.problem)} |")
     return "\n".join(lines) + "\n"
 
 
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def verified(found: list[Verdict], date: str) -> dict[str, dict[str, str]]:
+    """Record -> tensor -> how and when, where every entry of that name was seen and none differed."""
+    ways: dict[Key, set[str]] = {}
+    for one in (c for v in found for c in v.compared):
+        for key in one.keys:
+            ways.setdefault(key, set()).add("differs" if one.fault and one.executed else one.how)
+    result: dict[str, dict[str, str]] = {}
+    for record in all_records():
+        for entry in record.entries:
+            same = [(record.name, e.home + e.name, str(e.layout), e.when) for e in record.entries if (e.home, e.name) == (entry.home, entry.name)]
+            seen = [ways.get(key, set()) for key in same]
+            if all(seen) and all(way & {"executed", "loaded"} and "differs" not in way for way in seen):
+                how = "executed" if all("executed" in way for way in seen) else "loaded"
+                result.setdefault(record.name, {})[entry.home + entry.name] = f"{how} with transformers {transformers.__version__}, {date}"
+    return result
+
+
 def main(names: list[str]) -> None:
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    verdicts = []
-    for kind in names or types():
-        verdicts.append(one := verdict(kind))
-        print(f"{one.name:32} {one.seconds:5.1f} s  {'agrees' if one.agrees else one.problem or 'DIFFERS'}", flush=True)
-        for c in one.compared:
-            print(
-                f"    {c.tensor:50} {c.executed or c.declared}  {c.rotary or ''}" + (f"  <- {c.declared}: {c.fault}" if c.fault else ""),
-                flush=True,
-            )
+    start = time.perf_counter()
+    found = verdicts(names or types())
+    print(f"{dict(counts(found))}, {time.perf_counter() - start:.0f} s")
     if not names:
-        (ROOT / "docs" / "families.md").write_text(table(verdicts), "utf-8")
+        date = datetime.date.today().isoformat()
+        PAGE.write_text(table(found, date), "utf-8")
+        lines = (f"{json.dumps(name)}: {json.dumps(tensors, sort_keys=True)}" for name, tensors in sorted(verified(found, date).items()))
+        (DATA / "verified.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 
 if __name__ == "__main__":

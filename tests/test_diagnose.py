@@ -315,6 +315,15 @@ def test_one_side_rounded(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert tt.diagnose(one, one.to(dtype)).equal
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_the_finer_side_is_rounded_before_it_is_compared(dtype: object) -> None:
+    """So that a rounded copy matches exactly, and biases of few digits stay apart: on NumPy arrays and torch tensors alike."""
+    one = np.random.default_rng(0).standard_normal(252, dtype=np.float32)
+    two = one[order("(q|k|v) h d", "h (q|k|v) d", SMALL_MHA)].astype(dtype)
+    for x, y in ((one, two), (two, one), (torch.from_numpy(one), two)):
+        assert (tt.diagnose(x, y, h=6, d=14).kind, tt.diagnose(x, y, h=6, d=14).difference) == ("layout", 0)
+
+
 def test_rounding_that_the_dtype_does_not_show() -> None:
     one = random(3 * 6 * 14, 20)
     two = laid_out(one, "h (q|k|v) d", "(q|k|v) h d", SMALL_MHA).bfloat16().float()
@@ -523,7 +532,7 @@ def test_memory_does_not_grow_with_the_samples() -> None:
     assert tt.diagnose(one, two[::-1], h=18, d=14).kind == "permuted"
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < one.nbytes / 3
+    assert peak < one.nbytes / 2
 
 
 def test_text_and_dict() -> None:

@@ -839,6 +839,27 @@ def test_a_debugger_or_coverage_keeps_running() -> None:
     assert named(report, "q").part == "q"
 
 
+def test_a_users_function_mode_sees_no_more() -> None:
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    calls: list[str] = []
+    x = tokens()
+    with Watch():
+        uses_global(x)
+    alone = calls.copy()
+    calls.clear()
+
+    def run(x: Tensor) -> None:
+        with Watch():
+            uses_global(x)
+
+    report = trace(run, x, fused=LINEAR)
+    assert calls == alone and named(report, "q").part == "q"
+
+
 def test_a_trace_inside_a_trace() -> None:
     inner: list[Report] = []
 

@@ -13,6 +13,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint import inspect
     from .errors import (
         FormatError,
         IncompatibleError,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .live.probe import Probed, probe
     from .live.trace import trace
     from .picture import explain
-    from .plan import inspect, plan
+    from .plan import plan
     from .rowmap import RowMap, from_indices
     from .run import convert
     from .sizes import Sizes, bind
@@ -47,6 +48,7 @@ _HOME = {
         "LayoutSyntaxError",
         "MismatchError",
         "MissingExtraError",
+        "OutputError",
         "PlanError",
         "SizeError",
         "TraceError",
@@ -57,7 +59,8 @@ _HOME = {
     "rowmap": ("RowMap", "from_indices"),
     "tensors": ("fuse", "move", "repack", "split"),
     "picture": ("explain",),
-    "plan": ("inspect", "plan"),
+    "checkpoint": ("inspect",),
+    "plan": ("plan",),
     "run": ("convert",),
     "verify": ("verify",),
     "live.trace": ("trace",),
@@ -74,6 +77,7 @@ __all__ = [
     "LayoutSyntaxError",
     "MismatchError",
     "MissingExtraError",
+    "OutputError",
     "PlanError",
     "Probed",
     "Row",

@@ -72,27 +72,30 @@ def _alike(items: Iterable[tuple[str, tuple[object, ...], Any]]) -> Iterator[tup
     yield from ((group[0], len(group)) for group in groups.values())
 
 
-def inspect(path: str | Path, *, layouts: Mapping[str, str] | None = None, **sizes: int) -> Checkpoint:
+def inspect(path: str | Path, *, layouts: Mapping[str, str] | None = None, records: str | Path | None = None, **sizes: int) -> Checkpoint:
     """What a checkpoint holds: family, and layout, sizes and rotary order of every projection.
 
     Args:
         path: a folder (config.json; model.safetensors, or an index and its shards) or one .safetensors file.
         layouts: glob of tensor names -> layout, for what no config says; "LAYOUT @ 1" names the packed axis.
+        records: a file of family records of your own, asked before ours (docs/add-a-family.md).
         sizes: what neither config nor layout tells (h=12).
     Raises FormatError (damaged files), LayoutError (a given layout is none or does not fit), PlanError (it contradicts the stamp).
     """
     with formats.without_gc():
-        return open_checkpoint(path, layouts or {}, sizes)
+        return open_checkpoint(path, layouts or {}, sizes, records=records)
 
 
 @formats.without_gc()
-def open_checkpoint(path: str | Path, layouts: Mapping[str, str], sizes: Mapping[str, int], more: Sequence[Layout] = ()) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, layouts: Mapping[str, str], sizes: Mapping[str, int], more: Sequence[Layout] = (), records: str | Path | None = None
+) -> Checkpoint:
     """As `inspect`; `more` are layouts whose axes `sizes` may also speak of."""
     stored = formats.read(path)
     stamped = {name: told for file in stored.files for name, told in stamp.decode(file).items()}
     given = packed.given(layouts, stored.tensors)
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items() if name not in stamped}
-    said = families.declared(formats.read_config(stored), shapes, sizes=sizes)
+    said = families.declared(formats.read_config(stored), shapes, families.load_records(records) if records else (), sizes)
     record = {name: one for one in said.projections for name in ([one.name] if one.fused else one.parts.values())}
     told: dict[str, families.Projection | stamp.Stamped] = {**record, **stamped}
     hand = {name: packed.by_hand(layout, axis, stored.tensors[name], sizes, told.get(name)) for name, (layout, axis) in given.items()}

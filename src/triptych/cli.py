@@ -1,4 +1,4 @@
-"""The command line: a skin over `inspect`, `explain`, `plan`, `convert` and `verify`. Results on stdout, talk on stderr.
+"""The command line: a skin over the functions of the same names. Results on stdout, talk on stderr.
 
 Nothing heavy is imported before a command needs it, and errors become words in one place, `main`.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 EXIT_CODES = """Exit codes: 0 done, 1 a mismatch was found, 2 usage (options, layouts, sizes), 3 input that cannot be read,
 4 refused (nothing was written), 130 interrupted."""
 INTERRUPTED, BUG = 130, 70
-NOT_AXES = frozenset(["path", "out", "to", "layouts", "names", "workers", "progress"])
+NOT_AXES = frozenset(["path", "out", "to", "layouts", "names", "records", "workers", "progress"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,6 +105,9 @@ def _options(*wanted: str) -> Callable[[Callable[..., None]], Callable[..., None
             "--layout", "layouts", multiple=True, metavar="GLOB=LAYOUT", callback=_pairs("NAME_GLOB=LAYOUT"),
             help="How the rows of some tensors lie, where no config says; `LAYOUT @ 1` for weights stored [in, out].",
         ),
+        "records": click.option(
+            "--records", metavar="FILE", help="Family records of your own, asked before ours (docs/add-a-family.md).",
+        ),
         "names": click.option(
             "--name", "names", multiple=True, metavar="OLD=NEW", callback=_pairs("OLD=NEW"),
             help="Another name for an output tensor; `*` stands for the same text in both.",
@@ -131,12 +134,12 @@ def commands() -> None:
 
 @commands.command("inspect")
 @click.argument("path")
-@_options("layouts")
-def inspect_(path: str, layouts: dict[str, str], sizes: dict[str, int], as_json: bool) -> None:
+@_options("layouts", "records")
+def inspect_(path: str, layouts: dict[str, str], records: str | None, sizes: dict[str, int], as_json: bool) -> None:
     """What the checkpoint PATH holds: family, and layout, sizes and rotary order of its projections."""
     from .checkpoint import inspect
 
-    _show(inspect(path, layouts=layouts, **sizes), as_json)
+    _show(inspect(path, layouts=layouts, records=records, **sizes), as_json)
 
 
 @commands.command("explain")
@@ -162,20 +165,27 @@ def explain_(layout: str, read_as: str | None, plain: bool, sizes: dict[str, int
 @commands.command("plan")
 @click.argument("path")
 @click.argument("out", required=False)
-@_options("to", "layouts", "names")
+@_options("to", "layouts", "names", "records")
 def plan_(
-    path: str, out: str | None, to: str, layouts: dict[str, str], names: dict[str, str], sizes: dict[str, int], as_json: bool
+    path: str,
+    out: str | None,
+    to: str,
+    layouts: dict[str, str],
+    names: dict[str, str],
+    records: str | None,
+    sizes: dict[str, int],
+    as_json: bool,
 ) -> None:
     """What converting PATH (to OUT) would do; nothing is written."""
     from .plan import plan
 
-    _show(plan(path, to, out, layouts=layouts, names=names, **sizes), as_json)
+    _show(plan(path, to, out, layouts=layouts, names=names, records=records, **sizes), as_json)
 
 
 @commands.command("convert")
 @click.argument("path")
 @click.argument("out")
-@_options("to", "layouts", "names")
+@_options("to", "layouts", "names", "records")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Files written at a time.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 def convert_(
@@ -184,6 +194,7 @@ def convert_(
     to: str,
     layouts: dict[str, str],
     names: dict[str, str],
+    records: str | None,
     sizes: dict[str, int],
     workers: int,
     dry_run: bool,
@@ -193,7 +204,7 @@ def convert_(
     from .plan import plan
     from .run import run
 
-    made = plan(path, to, out, layouts=layouts, names=names, **sizes)
+    made = plan(path, to, out, layouts=layouts, names=names, records=records, **sizes)
     if dry_run:
         _show(made, as_json)
         return
@@ -208,12 +219,71 @@ def convert_(
 @click.argument("path")
 @click.argument("out")
 @click.option("--to", metavar="TARGET", help="What OUT must be, as for convert, when its stamp alone shall not be believed.")
-@_options("layouts")
-def verify_(path: str, out: str, to: str | None, layouts: dict[str, str], sizes: dict[str, int], as_json: bool) -> None:
+@_options("layouts", "records")
+def verify_(
+    path: str, out: str, to: str | None, layouts: dict[str, str], records: str | None, sizes: dict[str, int], as_json: bool
+) -> None:
     """Prove row by row that OUT holds what PATH holds."""
     from .verify import verify
 
-    _show(verify(path, out, to, layouts=layouts, **sizes), as_json)
+    _show(verify(path, out, to, layouts=layouts, records=records, **sizes), as_json)
+
+
+@commands.command("families")
+@click.argument("name", required=False)
+@click.option("--config", metavar="FILE", help="A config.json: sizes become numbers, and its flags choose the variants.")
+@click.option("--json", "as_json", is_flag=True, help="The result, or the error, as JSON.")
+def families_(name: str | None, config: str | None, as_json: bool) -> None:
+    """List the families that are known, or show layouts, sizes, sources and verification of family NAME."""
+    from pathlib import Path
+
+    from . import families
+    from .formats import read_json
+
+    if name is None:
+        known = families.families()
+        lines = [f"{one['family']:<28} {'   '.join(one['layouts'])}" for one in known]
+        click.echo(json.dumps(known) if as_json else "\n".join(lines))
+        return
+    rows = families.show(name, read_json(Path(config)) if config else None)
+    if config:
+        rows = [row for row in rows if row["applies"] is not False]
+    click.echo(json.dumps(rows) if as_json else printable("\n".join(map(_family_text, rows))))
+
+
+def _family_text(row: dict[str, Any]) -> str:
+    when = f"   when {row['when']}" if row["when"] else ""
+    lines = [
+        f"{row['tensor']}   ({row['stored']}, axis {row['axis']}){when}",
+        f"    layout    {row['layout']}   with {row['sizes']}",
+        f"    rotary    {row['rope'] or 'none'}",
+        f"    split to  {', '.join(f'{part}: {name}' for part, name in row['parts'].items())}",
+        f"    source    {row['source']}, read {row['checked']}",
+        f"    verified  {row['verified']}",
+        f"    note      {row['note']}" if row["note"] else "",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+@commands.command("probe")
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="The result, or the error, as JSON.")
+def probe_(path: str, as_json: bool) -> None:
+    """Read the layouts off the model's own code: build the smallest model of the config.json in folder PATH and run it once.
+
+    Needs `pip install 'triptych[hf]'`. Code that a checkpoint brings is never run.
+    """
+    from pathlib import Path
+
+    from .formats import read_json
+    from .live.probe import probe
+
+    found = probe(read_json(Path(path) / "config.json"))
+    if as_json:
+        click.echo(json.dumps({name: one.to_dict() for name, one in found.items()}))
+        return
+    for name, one in found.items():
+        click.echo(printable(f"{name}   {one}"))
 
 
 @contextmanager

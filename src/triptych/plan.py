@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .checkpoint import inspect as inspect
 from .errors import IncompatibleError, PlanError
 from .formats import ALIGN, BITS, METADATA, Stored, Tensor, index_bytes, nbytes, without_gc
 from .layout import Layout
@@ -36,6 +35,7 @@ def plan(
     *,
     layouts: Mapping[str, str] | None = None,
     names: Mapping[str, str] | None = None,
+    records: str | Path | None = None,
     **sizes: int,
 ) -> Plan:
     """What converting a checkpoint would do, checked whole; nothing is written.
@@ -45,12 +45,13 @@ def plan(
         to: a layout for the fused projections, `split`, or `fused:LAYOUT` to join separate ones (`fused`: in the family's usual layout).
         out: where the result shall go: a folder for a folder, a file for a file; with it, room and place are checked too.
         layouts: glob of tensor names -> layout, for what no config says.
+        records: a file of family records of your own, as for `inspect`.
         names: output name by rule -> another one; `*` stands for the same text in both.
         sizes: what neither config nor layout tells, or what the target needs beyond it (t=4).
     Raises FormatError, LayoutError, and PlanError where anything is refused: a fused tensor of unknown layout stops the plan.
     """
     target = target_of(to)
-    checkpoint = open_checkpoint(path, layouts or {}, sizes, [target.layout] if target.layout else [])
+    checkpoint = open_checkpoint(path, layouts or {}, sizes, [target.layout] if target.layout else [], records)
     stored = checkpoint.stored
     if out is not None:
         check_place(stored, Path(out))

@@ -63,6 +63,7 @@ def convert(
     *,
     layouts: Mapping[str, str] | None = None,
     names: Mapping[str, str] | None = None,
+    records: str | Path | None = None,
     workers: int = WORKERS,
     progress: Tick | None = None,
     **sizes: int,
@@ -70,12 +71,12 @@ def convert(
     """Write the checkpoint at `path` to `out` with its projections turned into `to`. The input is only read.
 
     Args:
-        to, layouts, names, sizes: as for `plan`. workers: files written at a time.
+        to, layouts, names, records, sizes: as for `plan`. workers: files written at a time.
         progress: called with the number of bytes written since the last call, from several threads.
     Raises what `plan` raises, and OutputError or FormatError when writing or reading fails half-way; then nothing is left behind.
         A run that was killed, or interrupted by ctrl-C, is continued by the same call.
     """
-    return run(plan(path, to, out, layouts=layouts, names=names, **sizes), workers=workers, progress=progress)
+    return run(plan(path, to, out, layouts=layouts, names=names, records=records, **sizes), workers=workers, progress=progress)
 
 
 def run(made: Plan, *, workers: int = WORKERS, progress: Tick | None = None) -> Converted:

@@ -71,18 +71,24 @@ class Entry(NamedTuple):
 
 
 def verify(
-    path: str | Path, out: str | Path, to: str | Layout | None = None, *, layouts: Mapping[str, str] | None = None, **sizes: int
+    path: str | Path,
+    out: str | Path,
+    to: str | Layout | None = None,
+    *,
+    layouts: Mapping[str, str] | None = None,
+    records: str | Path | None = None,
+    **sizes: int,
 ) -> Proof:
     """Prove that the checkpoint `out` holds what `path` holds, row by row, byte by byte.
 
     Args:
-        path, layouts, sizes: the input, as for `inspect`. out: the output; its stamp says how its rows lie.
+        path, layouts, records, sizes: the input, as for `inspect`. out: the output; its stamp says how its rows lie.
         to: the target of the conversion (LAYOUT, `split`, `fused:LAYOUT`), when the stamp alone shall not be believed.
     Raises MismatchError at the first row that differs, with its tensor, part, head and dim; FormatError and others as `inspect` does.
     """
     target = target_of(to) if to is not None else None
     wanted = target.layout if target else None
-    before = open_checkpoint(path, layouts or {}, sizes, [wanted] if wanted else [])
+    before = open_checkpoint(path, layouts or {}, sizes, [wanted] if wanted else [], records)
     after = open_checkpoint(out, {}, sizes, [packed.layout for packed in before.projections] + ([wanted] if wanted else []))
     if target and target.split and any(packed.fused and packed.kind == "attention" for packed in after.projections):
         raise MismatchError("the output has fused projections", expected="separate ones")

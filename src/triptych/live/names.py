@@ -99,7 +99,8 @@ class Names:
             if theirs is not None:
                 theirs = theirs(frame, event, arg) or theirs
             if event in ("line", "return"):
-                self._scan(scope, frame)
+                with torch._C.DisableTorchFunction():  # a mode of the user's does not see what is asked here
+                    self._scan(scope, frame)
                 scope.line = frame.f_lineno
             if event == "line":
                 self._place(scope)

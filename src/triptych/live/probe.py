@@ -41,6 +41,10 @@ class Probed:
     rotary: str | None
     note: str
 
+    def to_dict(self) -> dict[str, Any]:
+        layout = str(self.layout) if self.layout is not None else None
+        return {"layout": layout, "sizes": dict(self.sizes), "rotary": self.rotary, "note": self.note}
+
     def __str__(self) -> str:
         words = [f"{self.layout}  {self.sizes.of(self.layout)}"] if self.layout is not None else []
         return "  ".join(words + [text for text in (self.rotary, self.note) if text])
@@ -49,7 +53,8 @@ class Probed:
 def probe(model: Any, *args: Any, **kwargs: Any) -> dict[str, Probed]:
     """Runs the model once on a few tokens and reads which row of each projection reached which part, head and dim.
 
-    Args: model: any `nn.Module`, or a transformers config, of which the smallest instance is built. args, kwargs: what to call it with;
+    Args: model: any `nn.Module`; or a transformers config (or a config.json's content), of which the smallest instance is built.
+        args, kwargs: what to call it with;
         found by itself for transformers models, `nn.MultiheadAttention`, and modules that take ids or [batch, tokens, features].
     Returns module name -> `Probed`; a bare parameter has its own name. Only projections that hold several parts, or one part in two
         roles, or the two pieces of a query. The model is left as it was.
@@ -61,6 +66,53 @@ def probe(model: Any, *args: Any, **kwargs: Any) -> dict[str, Probed]:
     """
     if not isinstance(model, nn.Module):
         return smallest(model)[1]
+    reading = read(model, *args, **kwargs)
+    tables = sorted(reading.tables.items())
+    return {_shown(name): found for name, table in tables if (found := reading.probed(table, reading.partners(name))) is not None}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a run showed: the roles of the rows of every parameter, and which rows were turned into each other."""
+
+    tables: dict[str, Table]
+    rotations: tuple[Tensor, ...]
+
+    def partners(self, name: str) -> dict[int, set[int]]:
+        """Row of a parameter -> the rows it is rotated with."""
+        partners: dict[int, set[int]] = {}
+        place = self.tables[name].place
+        stop = place.first + int(np.prod(place.shape))
+        for pairs in self.rotations:
+            ours = pairs[:, ((pairs >= place.first) & (pairs < stop)).all(0)]
+            for a, b in {*map(tuple, ours.T.tolist())}:
+                partners.setdefault(place.row(a), set()).add(place.row(b))
+        return partners
+
+    def probed(self, table: Table, partners: Mapping[int, set[int]]) -> Probed | None:
+        """The layout of a table's rows; None when it holds one part in one role."""
+        parts = {part for roles in table.roles.values() for part in roles}
+        alike = any(len(roles) > 1 for roles in table.roles.values())
+        if len(parts) < 2 and not alike:
+            return None
+        turned = rotary(table, partners)
+        notes = sorted(table.doubts)
+        rows = table.listing()
+        found = fit(rows, LATENT if table.latent else STATE_SPACE if parts & {"x", "B"} else ()) if rows is not None else None
+        if rows is None:
+            lost = sum(number not in table.roles for number in range(table.place.rows))
+            notes.append(
+                f"{lost} of {table.place.rows} rows reach no attention" if lost else "rows stand in different places in their two roles"
+            )
+        elif found is None:
+            notes.append("no layout says where the rows went: " + _sample(rows))
+        if found is None:
+            return Probed(None, NO_SIZES, turned, "; ".join(notes))
+        return Probed(found.layout, found.sizes, turned, "; ".join(notes))
+
+
+def read(model: nn.Module, *args: Any, **kwargs: Any) -> Reading:
+    """Runs a model as `probe` does, and gives the roles of all rows of all its parameters, fused or not."""
     owners = _parameters(model)
     if any(p.is_meta for p in owners.values()):
         raise TraceError("a model on the meta device cannot be run", try_="tt.probe(model.config) builds a small one")
@@ -75,7 +127,7 @@ def probe(model: Any, *args: Any, **kwargs: Any) -> dict[str, Probed]:
             for name, table in still.items():
                 if name not in tables or (tables[name].listing() is None and len(table.roles) >= len(tables[name].roles)):
                     tables[name] = table
-    return {_shown(name): found for name, table in sorted(tables.items()) if (found := _probed(table, log, first)) is not None}
+    return Reading(tables, tuple(log.rotations))
 
 
 def smallest(config: Any, **overrides: Any) -> tuple[nn.Module, dict[str, Probed]]:
@@ -91,7 +143,7 @@ def smallest(config: Any, **overrides: Any) -> tuple[nn.Module, dict[str, Probed
             return model, probe(model)
         except TraceError as error:
             failed.append(f"{type(model).__name__}: {error.fields['found']}")
-    name = config if isinstance(config, str) else type(config).__name__
+    name = config.get("model_type") if isinstance(config, Mapping) else config if isinstance(config, str) else type(config).__name__
     raise TraceError("no small model of this config runs", where=name, found=failed[0][:300] if failed else "no model class")
 
 
@@ -162,32 +214,6 @@ def _places(owners: Mapping[str, Tensor], first: Mapping[int, int], log: Log) ->
         )
         places.append(Place(name, tuple(p.shape), start, summed))
     return places
-
-
-def _probed(table: Table, log: Log, first: Mapping[int, int]) -> Probed | None:
-    parts = {part for roles in table.roles.values() for part in roles}
-    alike = any(len(roles) > 1 for roles in table.roles.values())
-    if len(parts) < 2 and not alike:
-        return None
-    partners: dict[int, set[int]] = {}
-    place = table.place
-    stop = place.first + int(np.prod(place.shape))
-    for pairs in log.rotations:
-        ours = pairs[:, ((pairs >= place.first) & (pairs < stop)).all(0)]
-        for a, b in {*map(tuple, ours.T.tolist())}:
-            partners.setdefault(place.row(a), set()).add(place.row(b))
-    turned = rotary(table, partners)
-    notes = sorted(table.doubts)
-    rows = table.listing()
-    found = fit(rows, LATENT if table.latent else STATE_SPACE if parts & {"x", "B"} else ()) if rows is not None else None
-    if rows is None:
-        lost = sum(number not in table.roles for number in range(place.rows))
-        notes.append(f"{lost} of {place.rows} rows reach no attention" if lost else "rows stand in different places in their two roles")
-    elif found is None:
-        notes.append("no layout says where the rows went: " + _sample(rows))
-    if found is None:
-        return Probed(None, NO_SIZES, turned, "; ".join(notes))
-    return Probed(found.layout, found.sizes, turned, "; ".join(notes))
 
 
 def _sample(rows: list[Any]) -> str:

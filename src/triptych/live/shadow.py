@@ -117,7 +117,8 @@ class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        marked = any(self._marks_of(t) for t in (*tensors_in(args), *tensors_in(tuple(kwargs.values()))))
+        with torch._C.DisableTorchFunction():
+            marked = any(self._marks_of(t) for t in (*tensors_in(args), *tensors_in(tuple(kwargs.values()))))
         if marked and torch.is_inference_mode_enabled() and hasattr(func, "decompose"):
             with self:  # under inference_mode composite operations arrive whole
                 out = func.decompose(*args, **kwargs)

@@ -9,13 +9,13 @@ import inspect
 import math
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import MissingExtraError
+from ..errors import FormatError, MissingExtraError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 HEAD_DIM, TOKENS, VOCABULARY = 16, 6, 128
@@ -39,7 +39,8 @@ def instances(config: Any, failed: list[str] | None = None, **overrides: Any) ->
     """Instances, the smallest first: all made small, then with heads kept, then widths, then images: at last the layers alone are cut.
 
     On the CPU, float32, weights as initialised.
-    Args: config: a transformers config, or the name of a model type. failed: is told what cannot be built. overrides: keys set as given.
+    Args: config: a transformers config, the name of a model type, or the content of a config.json.
+        failed: is told what cannot be built. overrides: keys set as given.
     """
     config = _config(config)
     failed = [] if failed is None else failed
@@ -59,10 +60,22 @@ def instances(config: Any, failed: list[str] | None = None, **overrides: Any) ->
 
 def _config(config: Any) -> Any:
     try:
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig
     except ImportError:
         raise MissingExtraError("transformers", "hf") from None
-    return AutoConfig.for_model(config) if isinstance(config, str) else config
+    if isinstance(config, str):
+        return AutoConfig.for_model(config)
+    if not isinstance(config, Mapping):
+        return config
+    kind = str(config.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise FormatError(
+            "no model of transformers has this config", found=f"model_type {kind!r}", try_="give the instance itself: tt.probe(model)"
+        )
+    try:
+        return CONFIG_MAPPING[kind].from_dict(dict(config))
+    except Exception as error:  # the config class checks its values with exceptions of any kind
+        raise FormatError("transformers refuses this config", found=f"{type(error).__name__}: {error}"[:300]) from None
 
 
 def variants(config: Any, **overrides: Any) -> Iterator[Any]:
