@@ -107,7 +107,8 @@ def open_checkpoint(
         packed.check_fit(one, stored.tensors)
     spoken = [*(one.layout for one in found), *more, *(layout for layout, _ in given.values())]
     axes.checked(sizes, [axis for layout in spoken for axis in layout.axes])
-    order = {name: i for i, name in enumerate(stored.tensors)}
+    firsts = {one.pieces[0].tensor for one in found}
+    order = {name: i for i, name in enumerate(stored.tensors) if name in firsts}
     found.sort(key=lambda one: order[one.pieces[0].tensor])
     unknown = {name: reason for name, reason in said.unknown.items() if name not in hand}
     return Checkpoint(stored, said.family, tuple(found), unknown, tuple(dict.fromkeys(notes)))

@@ -116,12 +116,12 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         raise FormatError(
             "not an index", file=path.name, expected='{"metadata": {...}, "weight_map": {tensor: file}}', found=", ".join(table)[:80]
         )
-    plain: set[object] = set()
+    files = {name for name in weight_map.values() if isinstance(name, str)}
+    bad = {name for name in files if not is_plain_name(name)}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or (name not in plain and not is_plain_name(name)):
+        if not isinstance(name, str) or name in bad:
             raise FormatError("an index names a file outside its folder", tensor=tensor, file=path.name, expected="a plain file name",
                               found=reprlib.repr(name))  # fmt: skip
-        plain.add(name)
     return weight_map, metadata
 
 
@@ -135,13 +135,12 @@ def is_plain_name(name: str) -> bool:
 
 
 def _join(files: tuple[Header, ...], weight_map: Mapping[str, str] | None, index: str | None) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        for tensor in file.tensors:
-            if tensor.name in tensors:
-                raise FormatError("a tensor lies in two files", tensor=tensor.name, found=f"{tensors[tensor.name].file} and {file.file}")
-            tensors[tensor.name] = tensor
-    if weight_map is not None:
+    tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
+    if len(tensors) != sum(len(file.tensors) for file in files):
+        for tensor in (tensor for file in files for tensor in file.tensors):
+            if tensors[tensor.name] is not tensor:
+                raise FormatError("a tensor lies in two files", tensor=tensor.name, found=f"{tensor.file} and {tensors[tensor.name].file}")
+    if weight_map is not None and {name: tensor.file for name, tensor in tensors.items()} != weight_map:
         for name, where in weight_map.items():
             if name not in tensors or tensors[name].file != where:
                 found = f"it lies in {tensors[name].file}" if name in tensors else "no such tensor in any shard"

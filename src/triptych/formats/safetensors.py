@@ -16,6 +16,8 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, repeat
+from operator import attrgetter, itemgetter, sub
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,9 +83,10 @@ def read_header(path: Path) -> Header:
     with without_gc():
         table = parse_json(raw, path.name)
         metadata = _metadata(table.pop(METADATA, {}), path.name)
-        tensors = [_tensor(name, entry, path.name, 8 + length) for name, entry in table.items()]
-        tensors.sort(key=lambda t: (t.start, t.stop))
-    _check_tiling(tensors, path.name, 8 + length, info.st_size)
+        tensors = _all_tensors(table, path.name, 8 + length, info.st_size)
+        if tensors is None:
+            tensors = sorted((_tensor(name, entry, path.name, 8 + length) for name, entry in table.items()), key=_place)
+            _check_tiling(tensors, path.name, 8 + length, info.st_size)
     return Header(path.name, info.st_size, info.st_mtime_ns, tuple(tensors), metadata)
 
 
@@ -167,6 +170,38 @@ def _metadata(table: object, file: str) -> dict[str, str]:
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
         raise FormatError(f"{METADATA} is no table of texts", file=file, found=reprlib.repr(table))
     return table
+
+
+_entry, _place = itemgetter("dtype", "shape", "data_offsets"), attrgetter("start", "stop")
+
+
+def _all_tensors(table: Mapping[str, Any], file: str, base: int, size: int) -> list[Tensor] | None:
+    """All tensors of a header in the order of their bytes, checked column by column; None when anything is not as it must be.
+
+    The checks are those of `_tensor` and `_check_tiling`, which go over the header again to say what is wrong, and where.
+    """
+    try:
+        "".join(table).encode()
+        dtypes, lists, offsets = zip(*map(_entry, table.values()), strict=True)
+        starts, stops = zip(*offsets, strict=True)
+        numbers = set(map(type, chain(starts, stops, chain.from_iterable(lists))))
+        if set(map(len, table.values())) != {3} or set(map(type, lists)) != {list} or numbers != {int} or not set(dtypes) <= BITS.keys():
+            return None
+        same: dict[tuple[int, ...], tuple[int, ...]] = {}
+        shapes = [same.setdefault(shape, shape) for shape in map(tuple, lists)]
+        if any(len(shape) > MAX_DIMS or (shape and not 0 <= min(shape) <= max(shape) < MAX_SIZE) for shape in same):
+            return None
+        sizes = {kind: nbytes(*kind) for kind in set(zip(dtypes, shapes, strict=True))}
+        if list(map(sub, stops, starts)) != list(map(sizes.__getitem__, zip(dtypes, shapes, strict=True))):
+            return None
+    except (TypeError, KeyError, ValueError):
+        return None
+    columns = zip(table, dtypes, shapes, repeat(file), map(base.__add__, starts), map(base.__add__, stops))
+    tensors = list(map(tuple.__new__, repeat(Tensor), columns))
+    if starts[1:] != stops[:-1]:
+        tensors.sort(key=_place)
+    ends = [tensor.stop for tensor in tensors]
+    return tensors if [base, *ends] == [*(tensor.start for tensor in tensors), size] else None
 
 
 def _tensor(name: str, entry: Any, file: str, base: int) -> Tensor:

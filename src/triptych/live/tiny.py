@@ -178,7 +178,10 @@ def _scaled(value: Any, scale: int) -> Any:
 
 def _image(value: Any, patch: Any) -> Any:
     size = 4 * max(_listed(patch) or [16])
-    return type(value)(size for _ in value) if isinstance(value, (list, tuple)) else size if _number(value) and value > size else value
+    if isinstance(value, (list, tuple)):
+        least = min(_listed(value) or [1])
+        return type(value)(size * n // least if _number(n) else n for n in value)
+    return size if _number(value) and value > size else value
 
 
 def _kinds(config: Any, layers: int) -> list[int]:
@@ -242,8 +245,8 @@ def transformers_inputs(model: Any) -> list[Call]:
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     accepted = set(inspect.signature(model.forward).parameters)
-    main = model.main_input_name
-    names = list(dict.fromkeys([*required, *([main] if main in accepted else ["pixel_values"] if "pixel_values" in accepted else [])]))
+    mains = [model.main_input_name] if isinstance(model.main_input_name, str) else list(model.main_input_name)
+    names = list(dict.fromkeys([*required, *([n for n in mains if n in accepted] or [n for n in ("pixel_values",) if n in accepted])]))
     if "decoder_input_ids" in accepted:
         names.append("decoder_input_ids")
     calls: list[Call] = []
@@ -251,6 +254,9 @@ def transformers_inputs(model: Any) -> list[Call]:
         made = {name: _made(name, model, image) for name in names}
         if all(value is not None for value in made.values()):
             calls.append(((), made))
+            patches = made.get("pixel_values")
+            if patches is not None and patches.dim() == 2:
+                calls.append(((), made | {"pixel_values": _square(patches, model.config)}))
     if "input_ids" in accepted:
         calls.append(((), {"input_ids": _ids(model)}))
     if "inputs_embeds" in accepted:
@@ -280,6 +286,12 @@ def _width(config: Any) -> int:
         if _number(value):
             return int(value)
     return 16
+
+
+def _square(patches: torch.Tensor, config: Any) -> torch.Tensor:
+    """Patches [n, c p p] as [n, c, p, p]."""
+    patch = max(_listed(_get(config, "patch_size", 16)) or [16])
+    return patches.reshape(-1, patches.shape[1] // patch**2, patch, patch) if patches.shape[1] % patch**2 == 0 else patches
 
 
 def _images(config: Any) -> list[tuple[int, int]]:
