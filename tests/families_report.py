@@ -27,6 +27,7 @@ import torch
 import transformers
 
 from tests.families_loaded import loaded
+from tests.families_small import small
 from triptych.errors import TriptychError
 from triptych.families import all_records
 from triptych.families.declare import Projection, declared
@@ -34,20 +35,28 @@ from triptych.families.match import claims_of, hits_of, index_of, tail_of
 from triptych.families.records import DATA
 from triptych.families.sized import applies
 from triptych.layout import Layout
-from triptych.live.probe import Probed, smallest
+from triptych.live.probe import Probed, probe, smallest
+from triptych.live.tiny import instances
 from triptych.rowmap import parts
 from triptych.sizes import Sizes
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 LIMIT, WORKERS = 60, 2
-OTHER_NAMES = {"gate": "z", "in_gate": "z", "k_nope": "k", "k_rope": "rope", "q_nope": "nope", "q_rope": "rope", "kv_latent": "latent"}
+OTHER_NAMES = {
+    "gate": "z",
+    "B": "in_gate",
+    "C": "out_gate",
+    "k_nope": "k",
+    "k_rope": "rope",
+    "q_nope": "nope",
+    "q_rope": "rope",
+    "kv_latent": "latent",
+}
 """Part names that say the same; the probe knows no family's words."""
 
 TWELVE = {"num_attention_heads": 12, "hidden_size": 768}
 CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     "dbrx": ({"attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 1e4}},),
-    "bamba": ({"attn_layer_indices": [1], "num_hidden_layers": 2},),
-    "granitemoehybrid": ({"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},),
     "deepseek_v2": ({"num_experts_per_tok": 2, "moe_intermediate_size": 1408},),
     "falcon": (
         {"new_decoder_architecture": True, "num_kv_heads": 4, **TWELVE},
@@ -91,7 +100,7 @@ class Verdict:
 
     @property
     def how(self) -> str:
-        """"executed", "loaded" or "read"."""
+        """ "executed", "loaded" or "read"."""
         if not self.agrees:
             return "read"
         return "executed" if any(one.executed and one.how == "executed" for one in self.compared) else "loaded"
@@ -128,20 +137,39 @@ def verdict(kind: str) -> Verdict:
 
 
 def _seen(kind: str, overrides: dict[str, Any]) -> list[Compared]:
-    model, found = _smallest(kind, overrides)
+    try:
+        return _tried(kind, overrides, _unequal(kind))
+    except Exception:  # not every model can have fewer kv heads
+        return _tried(kind, overrides, {})
+
+
+def _tried(kind: str, overrides: dict[str, Any], unequal: dict[str, Any]) -> list[Compared]:
+    if (written := small(kind)) is not None:
+        model, found = written, probe(written)
+    else:
+        model, found = smallest(transformers.AutoConfig.for_model(kind, **overrides), **unequal)
     config = model.config.to_dict()
     compared = _all_compared(config, {name: tuple(p.shape) for name, p in model.state_dict().items()}, found, "executed")
     if not any(one.executed for one in compared):
-        shapes, found = loaded(model)
-        compared += _all_compared(config, shapes, found, "loaded")
+        compared += _loaded(model)
+    if not compared:
+        models = (whole for part in _wholes(kind) for whole in instances(part))
+        compared += next((seen for whole in models if (seen := [one for one in _loaded(whole) if one.executed])), [])
     return compared
 
 
-def _smallest(kind: str, overrides: dict[str, Any]) -> tuple[Any, dict[str, Probed]]:
-    try:
-        return smallest(transformers.AutoConfig.for_model(kind, **overrides), **_unequal(kind))
-    except Exception:  # not every model can have fewer kv heads
-        return smallest(transformers.AutoConfig.for_model(kind, **overrides))
+def _loaded(model: Any) -> list[Compared]:
+    shapes, found = loaded(model)
+    return _all_compared(model.config.to_dict(), shapes, found, "loaded")
+
+
+def _wholes(kind: str) -> list[str]:
+    """The types that a tower is part of, whose conversions name its tensors."""
+    towers = {name: set(cls.sub_configs.values()) for name in transformers.CONFIG_MAPPING if (cls := transformers.CONFIG_MAPPING[name])}
+    wholes = [kind]
+    for part in wholes:
+        wholes += [whole for whole in towers if transformers.CONFIG_MAPPING[part] in towers[whole] and whole not in wholes]
+    return wholes[1:]
 
 
 def _unequal(kind: str) -> dict[str, Any]:
@@ -261,7 +289,9 @@ def verdicts(kinds: list[str]) -> list[Verdict]:
 def shown(v: Verdict) -> str:
     lines = [f"{v.name:32} {v.seconds:5.1f} s  {v.how if v.agrees else v.problem or 'DIFFERS'}"]
     for c in v.compared:
-        lines.append(f"    {c.tensor:50} {c.executed or c.declared}  {c.rotary or ''}" + (f"  <- {c.declared}: {c.fault}" if c.fault else ""))
+        lines.append(
+            f"    {c.tensor:50} {c.executed or c.declared}  {c.rotary or ''}" + (f"  <- {c.declared}: {c.fault}" if c.fault else "")
+        )
     return "\n".join(lines)
 
 
@@ -321,7 +351,11 @@ def verified(found: list[Verdict], date: str) -> dict[str, dict[str, str]]:
     result: dict[str, dict[str, str]] = {}
     for record in all_records():
         for entry in record.entries:
-            same = [(record.name, e.home + e.name, str(e.layout), e.when) for e in record.entries if (e.home, e.name) == (entry.home, entry.name)]
+            same = [
+                (record.name, e.home + e.name, str(e.layout), e.when)
+                for e in record.entries
+                if (e.home, e.name) == (entry.home, entry.name)
+            ]
             seen = [ways.get(key, set()) for key in same]
             if all(seen) and all(way & {"executed", "loaded"} and "differs" not in way for way in seen):
                 how = "executed" if all("executed" in way for way in seen) else "loaded"

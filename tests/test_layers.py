@@ -13,7 +13,7 @@ SRC = Path(__file__).parent.parent / "src" / "triptych"
 ORDER = [
     "errors", "axes", "syntax", "layout", "sizes", "rowmap", "catalog", "arrays", "tensors",  # the language, and tensors in memory
     "families", "formats", "pieces", "stamp", "packed", "checkpoint",  # what a checkpoint holds
-    "evidence", "hypotheses", "detect",  # what its weights say
+    "evidence", "hypotheses", "detect", "detect_files",  # what its weights say
     "steps", "place", "relay", "plan", "mover", "run", "verify",  # what is done with it
     "blocks", "words", "columns", "render_text", "render_html", "render_ops", "render_code", "picture",  # how it is shown
     "live", "cli",

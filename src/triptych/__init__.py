@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import inspect
+    from .detect import Verdict, detect
+    from .detect_files import detect_checkpoint
     from .errors import (
         FormatError,
         IncompatibleError,
@@ -60,6 +62,8 @@ _HOME = {
     "tensors": ("fuse", "move", "repack", "split"),
     "picture": ("explain",),
     "checkpoint": ("inspect",),
+    "detect": ("Verdict", "detect"),
+    "detect_files": ("detect_checkpoint",),
     "plan": ("plan",),
     "run": ("convert",),
     "verify": ("verify",),
@@ -86,9 +90,12 @@ __all__ = [
     "Sizes",
     "TraceError",
     "TriptychError",
+    "Verdict",
     "assert_same_rows",
     "bind",
     "convert",
+    "detect",
+    "detect_checkpoint",
     "diagnose",
     "explain",
     "from_indices",

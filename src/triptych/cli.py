@@ -229,6 +229,23 @@ def verify_(
     _show(verify(path, out, to, layouts=layouts, records=records, **sizes), as_json)
 
 
+@commands.command("detect")
+@click.argument("path")
+@click.argument("tensor", required=False)
+@_options()
+def detect_(path: str, tensor: str | None, sizes: dict[str, int], as_json: bool) -> None:
+    """Which layouts the fused weights of PATH (or those named TENSOR, a glob) have, by their values alone.
+
+    Evidence, never a decision: it may answer "cannot tell". -s h=12 -s g=4 tell the numbers of heads.
+    """
+    from .detect_files import detect_checkpoint
+
+    for axis in sizes:
+        if axis not in ("h", "g"):
+            raise click.BadParameter(f"weights are asked with h and g only, not {axis!r}")
+    _show(detect_checkpoint(path, tensor, heads=sizes.get("h"), kv_heads=sizes.get("g")), as_json)
+
+
 @commands.command("families")
 @click.argument("name", required=False)
 @click.option("--config", metavar="FILE", help="A config.json: sizes become numbers, and its flags choose the variants.")

@@ -116,12 +116,11 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         raise FormatError(
             "not an index", file=path.name, expected='{"metadata": {...}, "weight_map": {tensor: file}}', found=", ".join(table)[:80]
         )
-    files = {name for name in weight_map.values() if isinstance(name, str)}
-    bad = {name for name in files if not is_plain_name(name)}
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name in bad:
-            raise FormatError("an index names a file outside its folder", tensor=tensor, file=path.name, expected="a plain file name",
-                              found=reprlib.repr(name))  # fmt: skip
+    files = weight_map.values()
+    if set(map(type, files)) != {str} or not all(map(is_plain_name, set(files))):
+        tensor, name = next((tensor, name) for tensor, name in weight_map.items() if type(name) is not str or not is_plain_name(name))
+        raise FormatError("an index names a file outside its folder", tensor=tensor, file=path.name, expected="a plain file name",
+                          found=reprlib.repr(name))  # fmt: skip
     return weight_map, metadata
 
 

@@ -201,6 +201,10 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.put(out, source.expand(_geometry(out)[0]) if source is not None and plain else None)
         if name in ("where", "masked_scatter") and any(isinstance(t, Tensor) and t.is_complex() for t in args):
             return
+        if name == "im2col":  # for floating point alone: a label in two halves
+            labels = self.labels(args[0])
+            halves = [func(x.double(), *args[1:]).long() for x in (labels >> 32, labels & 0xFFFFFFFF)] if labels is not None else None
+            return self.put(out, (halves[0] << 32) | halves[1] if halves is not None else None)
         moved = func(*map(swap, args), **{k: swap(v) for k, v in kwargs.items() if k != "dtype"})
         for tensor, labels in zip(_listed(out), _listed(moved), strict=True):
             self.put(tensor, labels)
@@ -400,6 +404,8 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 same = inputs if b_weak else inputs.transpose(-1, -2)
                 return same if same.shape == (*a.shape[:-1], b.shape[-1]) else None
             self._feeds(inputs, lines)
+            if bool(((inputs > 0) & (kind(inputs) == OUT)).any()):
+                self.log.closing.update(self._starts(lines))
         count = math.prod(other.shape[:-1])
         places = torch.arange(count).reshape(*other.shape[:-1], 1) & 0xFFFF
         labels = torch.where(lines > 0, lines & ROW, 0).unsqueeze(-2).expand(shape) + (places << TOKEN)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .follow import Follow
 
-NAMES = re.compile(r"delta_rule|kda|retention|selective_scan|chunk_scan")
+NAMES = re.compile(r"delta_rule|delta_attention|kda|retention|selective_scan|chunk_scan")
 
 OTHERS = {"beta": "b", "g": "a"}
 

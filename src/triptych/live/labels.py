@@ -53,7 +53,10 @@ class Scan:
 
 @dataclass
 class Log:
-    """What was seen. Pairs are [2, n] tensors of row numbers; `gates` pairs rows with elements of attention outputs."""
+    """What was seen. Pairs are [2, n] tensors of row numbers; `gates` pairs rows with elements of attention outputs.
+
+    `closing` holds the first elements of parameters that multiply outputs of attention.
+    """
 
     attentions: list[Attention] = field(default_factory=list)
     scans: list[Scan] = field(default_factory=list)
@@ -64,6 +67,7 @@ class Log:
     fed: dict[int, Tensor] = field(default_factory=dict)
     mixed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     contracted: dict[int, int] = field(default_factory=dict)
+    closing: set[int] = field(default_factory=set)
 
 
 def kind(labels: Tensor) -> Tensor:

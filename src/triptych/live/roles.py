@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -91,15 +92,19 @@ class Reader:
         self.starts = np.array([place.first for place in self.places])
         self.tables: dict[str, Table] = {}
         self.heads_of_out: dict[int, dict[int, int]] = {}
+        self.scanned: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+        self.head_of_scan: dict[int, int] = {}
         for number, seen in sorted(enumerate(log.attentions), key=lambda pair: not pair[1].softmax):
             if seen.v is not None:
                 self._attention(number, seen)
         for scan in log.scans:
             self._scan(scan)
+        self._drop_outputs()
         self._gates()
         self._latents()
         self._mixed()
         self._gated_units()
+        self._short_convolutions()
 
     def place(self, element: int) -> Place:
         return self.places[int(np.searchsorted(self.starts, element, side="right")) - 1]
@@ -200,17 +205,27 @@ class Reader:
             pure = (rows >= 0).all(2).all(1).nonzero()
             if not len(pure):
                 continue
-            heads = dict.fromkeys(map(tuple, rows[int(pure[0])].tolist()))
-            for head, elements in enumerate(heads):
+            for elements in dict.fromkeys(map(tuple, rows[int(pure[0])].tolist())):
+                known = self.scanned.setdefault((self.place(elements[0]).name, part), [])
+                if elements not in known:  # some code scans head by head
+                    known.append(elements)
+                if part == "x":
+                    self.head_of_scan.setdefault(scan.out, known.index(elements))
                 for dim, element in enumerate(elements):
-                    self._assign(element, part, head, dim)
+                    self._assign(element, part, known.index(elements), dim)
+
+    def _drop_outputs(self) -> None:
+        """Rows of an output projection that pass for keys and values: what code attends over is then the stream of data itself."""
+        for name, table in list(self.tables.items()):
+            if table.place.first in self.log.closing and all(set(roles) == {"k", "v"} for roles in table.roles.values()):
+                del self.tables[name]
 
     def _place_in(self, scan: Scan, at: int) -> tuple[int, int] | None:
         """(head, dim) of an element of the output."""
         if not 0 <= at < math.prod(scan.out_shape):
             return None
         if scan.channels:
-            return 0, at // scan.out_shape[2] % scan.out_shape[1]
+            return self.head_of_scan.get(scan.out, 0), at // scan.out_shape[2] % scan.out_shape[1]
         return at // scan.out_shape[-1] % scan.out_shape[-2], at % scan.out_shape[-1]
 
     def _gates(self) -> None:
@@ -285,6 +300,27 @@ class Reader:
                 for dim, gate in enumerate(sorted(by_row)):
                     table.add(gate, "gate", 0, dim)
                     table.add(by_row[gate], "up", 0, dim)
+
+    def _short_convolutions(self) -> None:
+        """out_gate * convolution(in_gate * x), of one projection without other roles."""
+        convolved = {int(channel) for channels, _ in self.log.mixed.values() for channel in channels.tolist()}
+        units: dict[str, list[dict[int, int]]] = {}
+        for both in self.log.products:
+            rows = torch.unique(torch.stack([row(both[0]), row(both[1])]), dim=1).tolist()
+            place = self.place(rows[0][0])
+            if place.name not in self.tables and all(self.place(element) is place for side in rows for element in side):
+                units.setdefault(place.name, []).append(dict(zip(*rows, strict=True)))
+        for place in self.places:
+            for inner, outer in itertools.pairwise(units.get(place.name, [])):
+                meets = outer if set(outer.values()) == set(inner) else {b: a for a, b in outer.items()}
+                gates = {inside: outside for outside, inside in meets.items()}
+                rows = {*inner, *inner.values(), *gates.values()}
+                if set(gates) == set(inner) <= convolved and len(inner) * 3 == place.rows == len(rows) and place.name not in self.tables:
+                    table = self.table(place)
+                    table.doubts.add("in_gate and x are named by their order in a product")
+                    for dim, inside in enumerate(sorted(inner)):
+                        for part, element in (("in_gate", inside), ("x", inner[inside]), ("out_gate", gates[inside])):
+                            table.add(place.row(element), part, 0, dim)
 
 
 class _Vectors:

@@ -1,0 +1,107 @@
+"""Small models, written out, of the types that `tt.probe` makes no small one of by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from triptych.live.tiny import classes
+
+BASE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MAMBA2 = {**BASE, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 2, "mamba_d_state": 24}
+CONVOLUTION = {**BASE, "layer_types": ["conv", "full_attention"]}
+SHARED = {**BASE, "num_key_value_heads": 4, "attention_hidden_size": 128, "attention_head_dim": 32}
+STRUCTURE = {
+    "sequence_dim": 24,
+    "pairwise_dim": 8,
+    "ipa_dim": 4,
+    "num_heads_ipa": 3,
+    "num_blocks": 1,
+    "resnet_dim": 8,
+    "num_qk_points": 2,
+    "num_v_points": 3,
+}
+TRUNK = {
+    "sequence_head_width": 4,
+    "sequence_state_dim": 24,
+    "pairwise_head_width": 4,
+    "pairwise_state_dim": 8,
+    "num_blocks": 1,
+    "max_recycles": 1,
+    "structure_module": STRUCTURE,
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "bamba": {**MAMBA2, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**MAMBA2, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64},
+    "falcon_h1": {**MAMBA2, "head_dim": 16, "mamba_d_ssm": 128},
+    "zamba": {
+        **SHARED,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "n_mamba_heads": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 6,
+    },
+    "zamba2": {
+        **SHARED,
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "hybrid_layer_ids": [1],
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+        "mamba_d_state": 24,
+        "mamba_ngroups": 2,
+        "adapter_rank": 8,
+    },
+    "bailing_hybrid": {
+        **BASE,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "dense"],
+        "kv_lora_rank": 40,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 24,
+        "v_head_dim": 20,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+    },
+    "hrm_text": {**BASE, "num_key_value_heads": 4, "head_dim": 16},
+    "lfm2": CONVOLUTION,
+    "lfm2_moe": {**CONVOLUTION, "num_dense_layers": 2, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    "esm": {
+        **BASE,
+        "hidden_size": 24,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 1,
+        "vocab_size": 33,
+        "is_folding_model": True,
+        "pad_token_id": 1,
+        "mask_token_id": 32,
+        "position_embedding_type": "rotary",
+        "esmfold_config": {"trunk": TRUNK, "fp16_esm": False, "lddt_head_hid_dim": 8},
+    },
+    "mobilevitv2": {"image_size": 64, "base_attn_unit_dims": [16, 24, 32], "n_attn_blocks": [1, 1, 1], "width_multiplier": 0.25},
+}
+CLASSES = {"esm": "EsmForProteinFolding"}
+
+
+def small(kind: str) -> Any:
+    """A model of a type that is written out here, else None."""
+    if kind not in SMALL:
+        return None
+    config = transformers.AutoConfig.for_model(kind, **SMALL[kind])
+    found = classes(config)
+    return next((cls for cls in found if cls.__name__ == CLASSES.get(kind)), found[0])(config).eval()
