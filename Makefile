@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test check bench families soak clean
+.PHONY: help demo test check bench families soak soak-crash clean
 help:
 	@echo "make demo    the main job on real trained weights, and the puzzle"
 	@echo "make test    the test suite"
 	@echo "make check   format, lint, types, doctests, import layers"
 	@echo "make bench   speed, as ratios against named peers"
 	@echo "make families  every family record against the model's own code; writes docs/families.md"
-	@echo "make soak    long campaigns"
+	@echo "make soak    long campaigns; make soak-crash kills conversions"
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,9 @@ families: .venv/.ready
 soak: .venv/.ready
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n 2 tests
 	$(BIN)/python -m tests.real_weights
+
+soak-crash: .venv/.ready
+	$(BIN)/python bench/soak_crash.py --write
 
 clean:
 	rm -rf .venv .demo .bench build dist src/*.egg-info

@@ -61,7 +61,7 @@ def _origins(model: Any, first: Mapping[str, int], shapes: Shapes) -> dict[str, 
             continue
         values = p.detach()
         whole = bool((values == values[:, :1]).all()) and bool((values[:, 0] == values[:, 0].round()).all())
-        if whole and 0 <= float(values.min()) and float(values.max()) < len(owner):
+        if whole and float(values.min()) >= 0 and float(values.max()) < len(owner):
             result[name] = [owner[int(v)] for v in values[:, 0].tolist()]
     return result
 

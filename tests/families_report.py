@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
+import functools
 import json
 import multiprocessing
 import re
@@ -27,16 +29,16 @@ import torch
 import transformers
 
 from tests.families_loaded import loaded
-from tests.families_small import small
-from triptych.errors import TriptychError
+from tests.families_small import inputs, small
+from triptych.errors import TraceError, TriptychError
 from triptych.families import all_records
 from triptych.families.declare import Projection, declared
 from triptych.families.match import claims_of, hits_of, index_of, tail_of
-from triptych.families.records import DATA
+from triptych.families.records import DATA, generic_records, lookup
 from triptych.families.sized import applies
 from triptych.layout import Layout
 from triptych.live.probe import Probed, probe, smallest
-from triptych.live.tiny import instances
+from triptych.live.tiny import classes, instances
 from triptych.rowmap import parts
 from triptych.sizes import Sizes
 
@@ -132,37 +134,68 @@ def verdict(kind: str) -> Verdict:
         except Exception as error:  # a config class that cannot be made
             problems.append(f"{type(error).__name__}: {error}"[:160])
     if not found and not problems:
-        problems.append("the module has no such tensor, and loading converts none to its own")
+        notes = " ".join(record.note for record in lookup(kind))
+        problems.append(notes or "the module has no such tensor, and no conversion of one on loading was seen")
     return Verdict(kind, tuple(reversed(found.values())), time.perf_counter() - start, problems[0] if problems else "")
 
 
 def _seen(kind: str, overrides: dict[str, Any]) -> list[Compared]:
+    """What the first model shows that has the tensors of the type and runs them; of models that are more than it, only its tensors."""
+    records = {record.name for record in lookup(kind)} | {record.name for record in generic_records()}
+    seen: list[Compared] = []
+    failed: Exception | None = None
     try:
-        return _tried(kind, overrides, _unequal(kind))
-    except Exception:  # not every model can have fewer kv heads
-        return _tried(kind, overrides, {})
+        models = _models(kind, overrides)
+        for model in models:
+            new = [one for one in _tried(kind, model) if not one.keys or {key[0] for key in one.keys} & records]
+            seen += [one for one in new if one.executed or not seen]
+            if any(one.executed and one.keys for one in seen):
+                break
+    except Exception as error:  # whatever the library's own code raises
+        failed = error
+    if failed is not None and not seen:
+        raise failed
+    return seen
 
 
-def _tried(kind: str, overrides: dict[str, Any], unequal: dict[str, Any]) -> list[Compared]:
-    if (written := small(kind)) is not None:
-        model, found = written, probe(written)
-    else:
-        model, found = smallest(transformers.AutoConfig.for_model(kind, **overrides), **unequal)
+def _models(kind: str, overrides: dict[str, Any]) -> Iterator[Any]:
+    """Small models: of the type, then of the classes that hold more than its base model, then of what it is a tower of."""
+    failed: Exception | None = None
+    if (model := small(kind)) is not None:
+        yield model
+    for unequal in [_unequal(kind), {}] if model is None else []:
+        try:
+            model, _ = smallest(transformers.AutoConfig.for_model(kind, **overrides), **unequal)
+            yield model
+        except TriptychError as error:
+            failed = failed or error
+        if not unequal:
+            break
+    for cls in classes(model.config) if model is not None else ():
+        if cls is not type(model):
+            with contextlib.suppress(Exception):  # a class that needs more than a config
+                yield cls(copy.deepcopy(model.config)).eval()
+    if any("conversion_mapping" in record.source for record in lookup(kind)):
+        for whole in _wholes(kind):
+            yield from instances(whole)
+    if failed is not None:
+        raise failed
+
+
+def _tried(kind: str, model: Any) -> list[Compared]:
     config = model.config.to_dict()
-    compared = _all_compared(config, {name: tuple(p.shape) for name, p in model.state_dict().items()}, found, "executed")
+    compared: list[Compared] = []
+    with contextlib.suppress(TraceError):
+        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        compared += _all_compared(config, shapes, probe(model, **inputs(kind, model)), "executed")
     if not any(one.executed for one in compared):
-        compared += _loaded(model)
-    if not compared:
-        models = (whole for part in _wholes(kind) for whole in instances(part))
-        compared += next((seen for whole in models if (seen := [one for one in _loaded(whole) if one.executed])), [])
+        with contextlib.suppress(RuntimeError, ValueError, TraceError):  # what the library cannot save or load at this size
+            shapes, found = loaded(model)
+            compared += _all_compared(config, shapes, found, "loaded")
     return compared
 
 
-def _loaded(model: Any) -> list[Compared]:
-    shapes, found = loaded(model)
-    return _all_compared(model.config.to_dict(), shapes, found, "loaded")
-
-
+@functools.cache
 def _wholes(kind: str) -> list[str]:
     """The types that a tower is part of, whose conversions name its tensors."""
     towers = {name: set(cls.sub_configs.values()) for name in transformers.CONFIG_MAPPING if (cls := transformers.CONFIG_MAPPING[name])}
@@ -208,7 +241,7 @@ def _keys(said: Projection, index: Mapping[str, Any], shapes: Mapping[str, tuple
 def _compared(name: str, said: Projection, seen: Probed | None, keys: tuple[Key, ...], how: str) -> Compared:
     layout = f"{said.layout}  {said.sizes.of(said.layout)}"
     if seen is None or seen.layout is None:
-        return Compared(name, layout, "", None, "no call of it was seen" if seen is None else seen.note, keys, "read")
+        return Compared(name, layout, "", None, "its rows were not seen to reach an attention" if seen is None else seen.note, keys, "read")
     executed = f"{seen.layout}  {seen.sizes.of(seen.layout)}"
     fault = "" if same_rows(said.layout, said.sizes, seen.layout, seen.sizes) else "the rows differ"
     if not fault and said.rope != seen.rotary and said.kind in ("attention", "mla"):
@@ -233,8 +266,8 @@ def _rows(layout: Layout, sizes: Mapping[str, int]) -> dict[str, bytes]:
 
 def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with contextlib.suppress(EOFError):  # nobody asks any more
         while True:
             pipe.send(verdict(pipe.recv()))
@@ -287,7 +320,7 @@ def verdicts(kinds: list[str]) -> list[Verdict]:
 
 
 def shown(v: Verdict) -> str:
-    lines = [f"{v.name:32} {v.seconds:5.1f} s  {v.how if v.agrees else v.problem or 'DIFFERS'}"]
+    lines = [f"{v.name:32} {v.seconds:5.1f} s  {v.how if v.agrees else v.problem or 'not seen, or it differs'}"]
     for c in v.compared:
         lines.append(
             f"    {c.tensor:50} {c.executed or c.declared}  {c.rotary or ''}" + (f"  <- {c.declared}: {c.fault}" if c.fault else "")

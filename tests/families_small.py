@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
 
 from triptych.live.tiny import classes
@@ -93,15 +94,49 @@ SMALL: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rotary",
         "esmfold_config": {"trunk": TRUNK, "fp16_esm": False, "lddt_head_hid_dim": 8},
     },
+    "bridgetower_vision_model": {"hidden_size": 128, "num_hidden_layers": 2, "image_size": 32, "patch_size": 16},
+    "xlstm": {**BASE, "num_heads": 4, "num_blocks": 2, "weight_mode": "fused"},
+    "qwen4_exp_text": {
+        **BASE,
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "mobilevitv2": {"image_size": 64, "base_attn_unit_dims": [16, 24, 32], "n_attn_blocks": [1, 1, 1], "width_multiplier": 0.25},
 }
-CLASSES = {"esm": "EsmForProteinFolding"}
+CLASSES = {
+    "esm": "EsmForProteinFolding",
+    "pp_ocrv5_mobile_rec": "PPOCRV5MobileRecEncoderWithSVTR",
+    "pp_ocrv5_server_rec": "PPOCRV5ServerRecEncoderWithSVTR",
+    "pp_ocrv6_small_rec": "PPOCRV6SmallRecEncoderWithSVTR",
+}
+"""The class that holds the tensors, where it is not the base model."""
 
 
 def small(kind: str) -> Any:
     """A model of a type that is written out here, else None."""
-    if kind not in SMALL:
+    if kind not in SMALL and kind not in CLASSES:
         return None
-    config = transformers.AutoConfig.for_model(kind, **SMALL[kind])
+    config = transformers.AutoConfig.for_model(kind, **SMALL.get(kind, {}))
     found = classes(config)
     return next((cls for cls in found if cls.__name__ == CLASSES.get(kind)), found[0])(config).eval()
+
+
+def inputs(kind: str, model: Any) -> dict[str, Any]:
+    """What to call it with, when `tt.probe` cannot know."""
+    if not type(model).__name__.endswith("EncoderWithSVTR"):
+        return {}
+    first = next(p for p in model.parameters() if p.dim() == 4)
+    return {"hidden_states": torch.randn(1, first.shape[1], 1, 8)}

@@ -31,7 +31,6 @@ SPREAD = [
     "blip_vision_model",
     "blip_2_vision_model",
     "sam_vision_model",
-    "hiera",
     "vitdet",
     "levit",
     "florence_vision",

@@ -436,6 +436,22 @@ def test_rows_that_reach_nothing_are_said() -> None:
     assert seen.layout is None and seen.note == "48 of 96 rows reach no attention"
 
 
+@pytest.mark.parametrize("shift", [0, 8])
+def test_a_bias_that_lies_otherwise_than_its_weight_is_said(shift: int) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(48, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = F.linear(x, self.qkv.weight) + self.qkv.bias.roll(shift)
+            q, k, v = mixed.view(*x.shape[:2], 4, 24).transpose(1, 2).split(8, dim=-1)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    seen = probe(Shifted())["qkv"]
+    assert str(seen.layout) == "h (q|k|v) d" and bool(seen.note) == bool(shift)
+
+
 def test_a_config_alone() -> None:
     config = transformers.GPTNeoXConfig(hidden_size=2560, num_attention_heads=32, num_hidden_layers=32)
     seen = ending(probe(config), "query_key_value")

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -255,15 +256,22 @@ def _files(checkpoint: Checkpoint, moves: Sequence[_Move]) -> Iterator[OutFile]:
             if tensor.name in written:
                 steps += written[tensor.name]
             elif tensor.name not in taken:
-                feeds = (_feed(tensor, (Nest(0, 0, tensor.size),)),) if tensor.size else ()
-                steps.append(Step(tensor.name, tensor.dtype, tensor.shape, 0, tensor.size, feeds))
+                size = tensor.size
+                feeds = (Feed(tensor.file, tensor.name, tensor.start, size, _all(size)),) if size else ()
+                steps.append(Step(tensor.name, tensor.dtype, tensor.shape, 0, size, feeds))
         if file.tensors and not steps:
             continue  # all its tensors went to other files
         steps.sort(key=lambda step: (step.size % ALIGN != 0, -BITS[step.dtype]))
         starts = itertools.accumulate((step.size for step in steps), initial=0)
-        placed = tuple(step._replace(start=start) for step, start in zip(steps, starts, strict=False))
+        placed = tuple(Step(*step[:3], start, *step[4:]) for step, start in zip(steps, starts, strict=False))
         metadata = tuple((key, value) for key, value in file.metadata.items() if key != KEY)
         yield OutFile(file.file, placed, metadata, tuple((step.tensor, stamps[step.tensor]) for step in placed if step.tensor in stamps))
+
+
+@lru_cache(maxsize=1024)
+def _all(size: int) -> tuple[Nest, ...]:
+    """All bytes of a tensor; one value for all tensors of one size."""
+    return (Nest(0, 0, size),)
 
 
 def _stamp(packed: Packed, piece: Piece, pieces: Sequence[Piece], sizes: Sizes) -> Stamped:

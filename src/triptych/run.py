@@ -168,11 +168,14 @@ def _begun(place: _Place, fd: int, created: bool) -> bool:
     """Write the marker, or find the one of an earlier run of the same plan on the same input."""
     made = place.plan
     state = {"version": 1, "plan": made.digest, "sources": [list(source) for source in (*made.sources, *made.copies)]}
+    size = os.fstat(fd).st_size
     try:
-        found = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+        found = json.loads(os.pread(fd, size, 0) if size else b"")
         created = bool(found.pop("created"))
     except (ValueError, AttributeError, KeyError, TypeError):
         found = None
+    except OSError as error:
+        raise OutputError("the output cannot be read", where=made.out, found=error.strerror or str(error)) from error
     if found is None:  # no run has begun: the marker is synced before anything else is written
         others = [path.name for path in place.root.iterdir() if path.name != MARKER]
         if others:

@@ -144,7 +144,8 @@ class Plan:
     def digest(self) -> str:
         """sha256 over everything but the two paths and the times: the same input and target give the same digest anywhere."""
         found = hashlib.sha256()
-        for part in (*map(_file, self.files), self._rest()):
+        files = ([file.name, file.metadata, [(name, told.to_dict()) for name, told in file.layouts], file.steps] for file in self.files)
+        for part in (*files, self._rest()):
             found.update(json.dumps(part, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode() + b"\n")
         return f"sha256:{found.hexdigest()}"
 
@@ -225,7 +226,8 @@ def check(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     folded = [name.casefold() for name in names]
     if len(set(folded)) != len(folded):
         raise PlanError("two outputs have one name", found=next(name for name in names if folded.count(name.casefold()) > 1))
-    used: dict[str, list[Nest]] = {name: [] for name in tensors}
+    used: dict[str, tuple[Nest, ...]] = dict.fromkeys(tensors, ())
+    sizes: dict[tuple[str, tuple[int, ...]], int | None] = {}
     seen: set[str] = set()
     for file in plan.files:
         at = 0
@@ -233,19 +235,27 @@ def check(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
             if step.tensor in seen:
                 raise PlanError("two output tensors have one name", tensor=step.tensor, try_="choose other names: --name OLD=NEW")
             seen.add(step.tensor)
-            if step.start != at or step.size != nbytes(step.dtype, step.shape):
+            kind = step.dtype, step.shape
+            if kind not in sizes:
+                sizes[kind] = nbytes(*kind)
+            if step.start != at or step.size != sizes[kind]:
                 found = f"byte {step.start}, {step.size} bytes"
                 raise PlanError("an output tensor is not where it should be", tensor=step.tensor, expected=f"byte {at}", found=found)
             at += step.size
-            if not covers((*(nest for feed in step.feeds for nest in feed.nests), *step.zeros), step.size):
+            alone = len(step.feeds) == 1 and not step.zeros
+            nests = step.feeds[0].nests if alone else (*(nest for feed in step.feeds for nest in feed.nests), *step.zeros)
+            if not covers(nests, step.size):
                 raise PlanError("an output tensor is not filled byte by byte", tensor=step.tensor)
             for feed in step.feeds:
                 used[feed.tensor] += feed.nests
     for feed in plan.drops:
         used[feed.tensor] += feed.nests
     for name, nests in used.items():
+        size = tensors[name].size
+        if nests == ((0, 0, size, ()),):
+            continue  # whole, as most are
         turned = (Nest(n.into, n.into, n.width, tuple((k, of, of) for k, _, of in n.dims)) for n in nests)
-        if not covers(tuple(turned), tensors[name].size, name in plan.shared):
+        if not covers(tuple(turned), size, name in plan.shared):
             raise PlanError("not every row of a source tensor is used exactly once", tensor=name)
 
 

@@ -86,8 +86,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def index_bytes(weight_map: Mapping[str, str], total_size: int, metadata: Mapping[str, Any]) -> bytes:
     """An index file; `metadata` is carried over but for the total size."""
-    table = {"metadata": {**metadata, "total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+    metadata = {**metadata, "total_size": total_size}
+    head = json.dumps({"metadata": metadata, "weight_map": {}}, indent=2, ensure_ascii=False).removesuffix("{}\n}")
+    lines = json.dumps(dict(sorted(weight_map.items())), separators=(",\n    ", ": "), ensure_ascii=False)  # json indents slowly
+    return f"{head}{{\n    {lines[1:-1]}\n  }}\n}}\n".encode()
 
 
 def _weights(folder: Path) -> tuple[str | None, tuple[str, ...]]:

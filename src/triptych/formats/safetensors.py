@@ -65,7 +65,7 @@ def read_header(path: Path) -> Header:
     fd = open_file(path)
     try:
         info = os.fstat(fd)
-        first = os.pread(fd, 8, 0)
+        first = _pread(fd, 8, 0, path.name)
         length = int.from_bytes(first, "little")
         if len(first) < 8 or length < 2:
             raise FormatError("not a safetensors file", file=path.name, found=f"{info.st_size} bytes, header of {length}")
@@ -77,7 +77,7 @@ def read_header(path: Path) -> Header:
                 found=f"{length} bytes, in a file of {info.st_size}",
                 try_="the file is cut short or no safetensors file: fetch it again",
             )
-        raw = os.pread(fd, length, 8)
+        raw = _pread(fd, length, 8, path.name)
     finally:
         os.close(fd)
     with without_gc():
@@ -121,6 +121,17 @@ def open_file(path: Path) -> int:
         os.close(fd)
         raise FormatError("not a regular file", file=str(path))
     return fd
+
+
+def _pread(fd: int, size: int, at: int, file: str) -> bytes:
+    """`size` bytes from byte `at`, fewer only at the end of the file. Raises FormatError."""
+    try:
+        raw = os.pread(fd, size, at)
+        while len(raw) < size and (more := os.pread(fd, size - len(raw), at + len(raw))):
+            raw += more
+    except OSError as error:
+        raise FormatError("the file cannot be read", file=file, found=error.strerror or str(error)) from None
+    return raw
 
 
 def parse_json(raw: bytes, file: str) -> dict[str, Any]:

@@ -201,7 +201,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.put(out, source.expand(_geometry(out)[0]) if source is not None and plain else None)
         if name in ("where", "masked_scatter") and any(isinstance(t, Tensor) and t.is_complex() for t in args):
             return
-        if name == "im2col":  # for floating point alone: a label in two halves
+        if name == "im2col" and isinstance(out, Tensor):  # for floating point alone: a label in two halves
             labels = self.labels(args[0])
             halves = [func(x.double(), *args[1:]).long() for x in (labels >> 32, labels & 0xFFFFFFFF)] if labels is not None else None
             return self.put(out, (halves[0] << 32) | halves[1] if halves is not None else None)

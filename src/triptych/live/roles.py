@@ -105,6 +105,7 @@ class Reader:
         self._mixed()
         self._gated_units()
         self._short_convolutions()
+        self._biases()
 
     def place(self, element: int) -> Place:
         return self.places[int(np.searchsorted(self.starts, element, side="right")) - 1]
@@ -321,6 +322,20 @@ class Reader:
                     for dim, inside in enumerate(sorted(inner)):
                         for part, element in (("in_gate", inside), ("x", inner[inside]), ("out_gate", gates[inside])):
                             table.add(place.row(element), part, 0, dim)
+
+    def _biases(self) -> None:
+        """A bias beside a weight must add to the rows of its own numbers."""
+        for pairs in self.log.biases:
+            rows, biases = torch.unique(pairs, dim=1).numpy()
+            of_row, of_bias = (np.searchsorted(self.starts, side, side="right") - 1 for side in (rows, biases))
+            for w, b in {*zip(of_row.tolist(), of_bias.tolist(), strict=True)}:
+                weight, bias = self.places[w], self.places[b]
+                table = self.tables.get(weight.name)
+                ours = (of_row == w) & (of_bias == b)
+                if table is None or bias.name == weight.name or bias.name != "bias".join(weight.name.rsplit("weight", 1)):
+                    continue
+                if not np.array_equal(weight.rows_of(rows[ours]), bias.rows_of(biases[ours])):
+                    table.doubts.add("the bias is added to other rows than the weight's of the same number")
 
 
 class _Vectors:

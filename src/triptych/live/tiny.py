@@ -324,6 +324,8 @@ def _made(name: str, model: Any, image: tuple[int, int]) -> Any:
         return torch.randn(1, TOKENS, width)
     if name in ("inputs_embeds", "hidden_state", "query", "query_embeds", "encoder_hidden_states"):
         return torch.randn(1, TOKENS, _width(config))
+    if name == "patch_embeds":
+        return torch.randn(1, _width(config), 4, 4)
     if name == "input_features":
         width = next((v for n in ("num_mel_bins", "input_dim", "input_size", "feature_size") if _number(v := _get(config, n, None))), 80)
         return torch.randn(1, 2 * TOKENS, width)
