@@ -33,6 +33,7 @@ check: .venv/.ready
 bench: .venv/.ready
 	$(BIN)/python bench/tensors.py
 	$(BIN)/python bench/convert.py
+	$(BIN)/python bench/inspect_terabyte.py
 
 families: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families_report
