@@ -460,7 +460,7 @@ def test_inspect_in_words_and_as_data(tmp_path: Path) -> None:
     neox(tmp_path / "a")
     found = tt.inspect(tmp_path / "a")
     text = str(found)
-    assert "gpt_neox\n  1 files, 5 tensors" in text and "2 x gpt_neox.layers.*.attention.query_key_value.weight" in text
+    assert "gpt_neox\n  1 file, 5 tensors" in text and "2 x gpt_neox.layers.*.attention.query_key_value.weight" in text
     assert "h (q|k|v) d   h=6 d=4   rotary partial half: first 1 of 4 dims" in text
     told = json.loads(json.dumps(found.to_dict()))
     assert told["family"] == "gpt_neox" and told["version"] == 1 and len(told["projections"]) == 4 and told["unknown"] == {}

@@ -46,7 +46,7 @@ class Checkpoint:
     def __str__(self) -> str:
         stored = self.stored
         lines = [f"{stored.path}   {self.family or 'no known family'}"]
-        lines += [f"  {len(stored.files)} files, {len(stored.tensors)} tensors, {in_bytes(stored.size)}"]
+        lines += [f"  {len(stored.files)} file{'s' * (len(stored.files) != 1)}, {len(stored.tensors)} tensors, {in_bytes(stored.size)}"]
         for one, number in _alike((star(p.name), (p.fused, p.layout, p.sizes, p.axis, p.source, p.rope), p) for p in self.projections):
             words = [str(one.layout), one.sizes.of(one.layout)]
             words += [f"along axis {one.axis}"] if one.axis else []
