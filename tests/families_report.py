@@ -208,8 +208,9 @@ def _wholes(kind: str) -> list[str]:
 def _unequal(kind: str) -> dict[str, Any]:
     """Fewer kv heads than heads where a config has both and they are equal, so that a record which mixes them up shows it."""
     config = transformers.CONFIG_MAPPING[kind]()
-    heads, kv = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
-    if isinstance(heads, int) and heads == kv and heads % 4 == 0 and getattr(config, "kv_lora_rank", None) is None:
+    told = vars(config)  # a per-layer attribute raises when it is asked of the whole config
+    heads, kv = told.get("num_attention_heads"), told.get("num_key_value_heads")
+    if isinstance(heads, int) and heads == kv and heads % 4 == 0 and told.get("kv_lora_rank") is None:
         return {"num_key_value_heads": heads // 4}
     return {}
 
