@@ -76,7 +76,7 @@ def inspect(path: str | Path, *, layouts: Mapping[str, str] | None = None, recor
     """What a checkpoint holds: family, and layout, sizes and rotary order of every projection.
 
     Args:
-        path: a folder (config.json; model.safetensors, or an index and its shards) or one .safetensors file.
+        path: a folder (config.json; one file of weights, or an index and its shards) or one file: .safetensors, .bin/.pt/.pth, .gguf.
         layouts: glob of tensor names -> layout, for what no config says; "LAYOUT @ 1" names the packed axis.
         records: a file of family records of your own, asked before ours (docs/add-a-family.md).
         sizes: what neither config nor layout tells (h=12).
@@ -111,4 +111,4 @@ def open_checkpoint(
     order = {name: i for i, name in enumerate(stored.tensors) if name in firsts}
     found.sort(key=lambda one: order[one.pieces[0].tensor])
     unknown = {name: reason for name, reason in said.unknown.items() if name not in hand}
-    return Checkpoint(stored, said.family, tuple(found), unknown, tuple(dict.fromkeys(notes)))
+    return Checkpoint(stored, said.family, tuple(found), unknown, (*stored.notes, *dict.fromkeys(notes)))

@@ -27,10 +27,11 @@ def check_place(stored: Stored, out: Path) -> None:
         raise PlanError("the output exists", where=str(out), try_="choose another place, or remove it")
     if not place.parent.is_dir():
         raise PlanError("the output has no folder to lie in", where=str(out), expected=f"a folder {out.parent}")
-    if not stored.is_folder and not out.name.endswith(".safetensors"):
-        raise PlanError("a file becomes a file", where=str(out), expected="a name that ends in .safetensors")
-    if stored.is_folder and out.name.endswith(".safetensors"):
-        raise PlanError("a folder becomes a folder", where=str(out), expected="a name that does not end in .safetensors")
+    suffix = ".gguf" if stored.path.name.endswith(".gguf") else ".safetensors"
+    if not stored.is_folder and not out.name.endswith(suffix):
+        raise PlanError("a file becomes a file", where=str(out), expected=f"a name that ends in {suffix}")
+    if stored.is_folder and out.name.endswith((".safetensors", ".gguf")):
+        raise PlanError("a folder becomes a folder", where=str(out), expected=f"a name that does not end in {out.suffix}")
 
 
 def _may_continue(stored: Stored, out: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import IncompatibleError, PlanError
-from .formats import ALIGN, BITS, METADATA, Stored, Tensor, index_bytes, nbytes, without_gc
+from .errors import FormatError, IncompatibleError, PlanError
+from .formats import ALIGN, BITS, METADATA, Header, Stored, Tensor, index_bytes, nbytes, open_file, safetensors_name, without_gc
 from .layout import Layout
 from .packed import BY_RECORD, BY_STAMP, Packed, Piece
 from .pieces import Target, alone, base_names, listed, name_of_part, star, stem, target_of, with_zeros
@@ -73,7 +74,7 @@ def plan(
         copies=tuple(Source(*other) for other in stored.others),
         drops=tuple(feed for move in moves for feed in move.drops),
         shared=frozenset(piece.tensor for move in moves if _has_aliases(move.packed) for piece in move.packed.pieces),
-        index=(stored.index, _index(stored, files)) if stored.index else None,
+        index=(safetensors_name(stored.index), _index(stored, files)) if stored.index else None,
         changes=tuple(_change(move) for move in moves),
         notes=(*checkpoint.notes, *_notes(checkpoint, target, moves)),
     )
@@ -261,11 +262,33 @@ def _files(checkpoint: Checkpoint, moves: Sequence[_Move]) -> Iterator[OutFile]:
                 steps.append(Step(tensor.name, tensor.dtype, tensor.shape, 0, size, feeds))
         if file.tensors and not steps:
             continue  # all its tensors went to other files
+        if file.head:
+            yield _same_head(checkpoint.stored.root / file.file, file, steps)
+            continue
         steps.sort(key=lambda step: (step.size % ALIGN != 0, -BITS[step.dtype]))
         starts = itertools.accumulate((step.size for step in steps), initial=0)
         placed = tuple(Step(*step[:3], start, *step[4:]) for step, start in zip(steps, starts, strict=False))
         metadata = tuple((key, value) for key, value in file.metadata.items() if key != KEY)
-        yield OutFile(file.file, placed, metadata, tuple((step.tensor, stamps[step.tensor]) for step in placed if step.tensor in stamps))
+        layouts = tuple((step.tensor, stamps[step.tensor]) for step in placed if step.tensor in stamps)
+        yield OutFile(safetensors_name(file.file), placed, metadata, layouts)
+
+
+def _same_head(path: Path, file: Header, steps: Sequence[Step]) -> OutFile:
+    """A GGUF file made from one with the same tensors: its head is copied, so each tensor keeps its name, shape and place."""
+    for old, step in itertools.zip_longest(file.tensors, steps):
+        if old is None or step is None or old[:3] != step[:3]:
+            raise PlanError(
+                "a GGUF file keeps its tensors: rows can move in each, not between them", tensor=(step or old)[0], file=file.file
+            )
+    fd = open_file(path)
+    try:
+        head = os.pread(fd, file.head, 0)
+    finally:
+        os.close(fd)
+    if len(head) < file.head:
+        raise FormatError("the file was cut short while it was read", file=file.file)
+    placed = tuple(step._replace(start=old.start - file.head) for old, step in zip(file.tensors, steps, strict=True))
+    return OutFile(file.file, placed, (), (), head, file.align)
 
 
 @lru_cache(maxsize=1024)

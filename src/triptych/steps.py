@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -89,13 +89,17 @@ class OutFile:
     steps: tuple[Step, ...]
     metadata: tuple[tuple[str, str], ...]
     layouts: tuple[tuple[str, Stamped], ...]
+    head: bytes = field(default=b"", repr=False)
+    align: int = 1
 
     @property
     def data_size(self) -> int:
-        return self.steps[-1].start + self.steps[-1].size if self.steps else 0
+        return -(-(self.steps[-1].start + self.steps[-1].size) // self.align) * self.align if self.steps else 0
 
     def header(self, digest: str) -> bytes:
-        """The header with the stamp, padded to whole pages."""
+        """The header with the stamp, padded to whole pages; or the head of the source as it is, which has room for no stamp."""
+        if self.head:
+            return self.head
         entries = ((step.tensor, step.dtype, step.shape, step.start, step.start + step.size) for step in self.steps)
         return header_bytes(entries, {**dict(self.metadata), KEY: encode(self.layouts, digest)})
 
@@ -144,7 +148,10 @@ class Plan:
     def digest(self) -> str:
         """sha256 over everything but the two paths and the times: the same input and target give the same digest anywhere."""
         found = hashlib.sha256()
-        files = ([file.name, file.metadata, [(name, told.to_dict()) for name, told in file.layouts], file.steps] for file in self.files)
+        files = (
+            [file.name, file.metadata, [(name, told.to_dict()) for name, told in file.layouts], file.steps, file.align, _sha256(file.head)]
+            for file in self.files
+        )
         for part in (*files, self._rest()):
             found.update(json.dumps(part, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode() + b"\n")
         return f"sha256:{found.hexdigest()}"
@@ -185,7 +192,7 @@ class Plan:
             "sources": [[source.name, source.size] for source in self.sources],
             "copies": [[copy.name, copy.size] for copy in self.copies],
             "drops": [feed._asdict() for feed in self.drops],
-            "index": {"name": self.index[0], "sha256": hashlib.sha256(self.index[1]).hexdigest()} if self.index else None,
+            "index": {"name": self.index[0], "sha256": _sha256(self.index[1])} if self.index else None,
         }
 
     def __str__(self) -> str:
@@ -214,7 +221,12 @@ def _starred(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
 def _file(file: OutFile) -> dict[str, Any]:
     steps = [{**step._asdict(), "feeds": [feed._asdict() for feed in step.feeds]} for step in file.steps]
     layouts = {name: told.to_dict() for name, told in file.layouts}
-    return {"name": file.name, "metadata": dict(file.metadata), "layouts": layouts, "steps": steps}
+    head = {"head": _sha256(file.head)} if file.head else {}
+    return {"name": file.name, "metadata": dict(file.metadata), "layouts": layouts, "steps": steps, **head}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 # The check of the whole plan
@@ -232,6 +244,7 @@ def check(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     for file in plan.files:
         at = 0
         for step in file.steps:
+            at = -(-at // file.align) * file.align
             if step.tensor in seen:
                 raise PlanError("two output tensors have one name", tensor=step.tensor, try_="choose other names: --name OLD=NEW")
             seen.add(step.tensor)

@@ -1,7 +1,9 @@
 """Checkpoint files: names, dtypes and byte ranges of tensors. Never a layout."""
 
 from .folder import Other, Stored, index_bytes, read, read_config, read_json
-from .safetensors import ALIGN, BITS, METADATA, Header, Tensor, header_bytes, nbytes, open_file, parse_json, read_header, without_gc
+from .gguf import nbytes
+from .safetensors import ALIGN, BITS, METADATA, Header, Tensor, header_bytes, open_file, parse_json, read_header, without_gc
+from .torch_zip import safetensors_name
 
 __all__ = [
     "ALIGN",
@@ -20,5 +22,6 @@ __all__ = [
     "read_config",
     "read_header",
     "read_json",
+    "safetensors_name",
     "without_gc",
 ]

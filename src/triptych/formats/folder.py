@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import FormatError
+from . import gguf, torch_zip
 from .safetensors import Header, Tensor, open_file, parse_json, read_header, without_gc
 
-MAX_JSON = 1 << 28
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SUFFIX = ".safetensors"
+MAX_JSON = 1 << 26
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+"""The usual names, the better first; with `INDEX` behind it the name of an index."""
+INDEX = ".index.json"
+SUFFIXES = ((".safetensors",), torch_zip.SUFFIXES, (gguf.SUFFIX,))
 
 
 class Other(NamedTuple):
@@ -38,6 +41,7 @@ class Stored:
     index_metadata: Mapping[str, Any] = field(hash=False)
     others: tuple[Other, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict, hash=False, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def is_folder(self) -> bool:
@@ -62,10 +66,19 @@ def read(path: str | Path) -> Stored:
     else:
         raise FormatError("no such file or folder", file=str(path))
     weight_map, metadata = _read_index(root / index) if index else ({}, {})
-    files = tuple(read_header(root / name) for name in names or sorted(set(weight_map.values())))
+    found = [_read_file(root / name) for name in names or sorted(set(weight_map.values()))]
+    files, notes = tuple(header for header, _ in found), tuple(note for _, more in found for note in more)
     tensors = _join(files, weight_map if index else None, index)
     others = tuple(_others(root, {index, *(file.file for file in files)})) if path.is_dir() else ()
-    return Stored(path, root, files, index, metadata, others, tensors)
+    return Stored(path, root, files, index, metadata, others, tensors, notes)
+
+
+def _read_file(path: Path) -> tuple[Header, tuple[str, ...]]:
+    """The header of a file of any format, and what there is to say about it."""
+    if path.name.endswith(torch_zip.SUFFIXES):
+        found = torch_zip.read(path)
+        return found.plain(), found.notes
+    return (gguf.read(path).header if path.name.endswith(gguf.SUFFIX) else read_header(path)), ()
 
 
 def read_config(stored: Stored) -> dict[str, Any] | None:
@@ -95,11 +108,13 @@ def index_bytes(weight_map: Mapping[str, str], total_size: int, metadata: Mappin
 def _weights(folder: Path) -> tuple[str | None, tuple[str, ...]]:
     """(index, ()) or (None, (file,)) of a folder: the usual names first, else the only ones there."""
     found = sorted(entry.name for entry in os.scandir(folder))
-    for single, index in (
-        ([SINGLE] if SINGLE in found else [], [INDEX] if INDEX in found else []),
-        ([name for name in found if name.endswith(SUFFIX)], [name for name in found if name.endswith(SUFFIX + ".index.json")]),
-    ):
-        if len(index) == 1 and single != [SINGLE]:
+    usual = [([name] * (name in found), [name + INDEX] * (name + INDEX in found)) for name in SINGLE]
+    by_suffix = [
+        ([name for name in found if name.endswith(suffixes)], [name for name in found if name.endswith(tuple(s + INDEX for s in suffixes))])
+        for suffixes in SUFFIXES
+    ]
+    for single, index in (usual[0], by_suffix[0], usual[1], *by_suffix[1:]):
+        if len(index) == 1 and single[:1] not in ([name] for name in SINGLE):
             return index[0], ()
         if len(single) == 1 and not index:
             return None, (single[0],)
@@ -107,7 +122,10 @@ def _weights(folder: Path) -> tuple[str | None, tuple[str, ...]]:
             raise FormatError("more than one checkpoint in this folder", where=str(folder), found=", ".join([*index, *single][:6]),
                               try_="give one file, or a folder with one index and its shards")  # fmt: skip
     raise FormatError(
-        "no checkpoint in this folder", where=str(folder), expected=f"{SINGLE} or {INDEX}", found=", ".join(found[:6]) or "nothing"
+        "no checkpoint in this folder",
+        where=str(folder),
+        expected=f"{SINGLE[0]} or {SINGLE[0]}{INDEX}",
+        found=", ".join(found[:6]) or "nothing",
     )
 
 

@@ -116,7 +116,9 @@ def read(path: Path) -> GgufFile:
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_tiling(tensors, path.name, data, info.st_size, alignment)
     values = {key: value for key, (_, value) in metadata.items()}
-    return GgufFile(Header(path.name, info.st_size, info.st_mtime_ns, tuple(tensors), {}), version, alignment, data, values)
+    return GgufFile(
+        Header(path.name, info.st_size, info.st_mtime_ns, tuple(tensors), {}, data, alignment), version, alignment, data, values
+    )
 
 
 class _Cursor:

@@ -30,6 +30,8 @@ BITS = {
 }  # fmt: skip
 """Bits of one element of every dtype."""
 MAX_HEADER, MAX_DIMS, MAX_SIZE = 100_000_000, 64, 1 << 63
+MAX_LISTS, MAX_COMMAS = 1 << 20, 1 << 22
+"""What a JSON text may hold: parsed, an empty list takes fifty times its letters."""
 ALIGN = 4096
 METADATA = "__metadata__"
 
@@ -51,13 +53,18 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What one file holds, in the order of the bytes. `changed` is its time of modification in ns: a file written to is another file."""
+    """What one file holds, in the order of the bytes. `changed` is its time of modification in ns: a file written to is another file.
+
+    `head`: the first so many bytes stay as they are in every output made from it, each tensor then begins at a multiple of `align` (GGUF).
+    """
 
     file: str
     size: int
     changed: int
     tensors: tuple[Tensor, ...] = field(repr=False)
     metadata: Mapping[str, str] = field(hash=False)
+    head: int = 0
+    align: int = 1
 
 
 def read_header(path: Path) -> Header:
@@ -80,6 +87,9 @@ def read_header(path: Path) -> Header:
         raw = _pread(fd, length, 8, path.name)
     finally:
         os.close(fd)
+    if raw[:1] != b"{":
+        raise FormatError("the JSON of a header is no table", file=path.name, found=repr(raw[:8]))
+    _check_amount(raw, path.name)
     with without_gc():
         tensors, metadata = _quick(raw, path.name, info.st_size) or _thorough(raw, path.name, info.st_size)
     return Header(path.name, info.st_size, info.st_mtime_ns, tuple(tensors), metadata)
@@ -136,6 +146,7 @@ def _pread(fd: int, size: int, at: int, file: str) -> bytes:
 
 def parse_json(raw: bytes, file: str) -> dict[str, Any]:
     """A JSON object out of a file of unknown origin; no key twice, no NaN, every text encodable. Raises FormatError."""
+    _check_amount(raw, file)
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
     except RecursionError:
@@ -145,6 +156,13 @@ def parse_json(raw: bytes, file: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise FormatError("the JSON is no table", file=file, found=type(table).__name__)
     return table
+
+
+def _check_amount(raw: bytes, file: str) -> None:
+    """That a text does not take gigabytes when it is parsed. Raises FormatError."""
+    lists = raw.count(b"[") + raw.count(b"{")
+    if lists > MAX_LISTS or raw.count(b",") > MAX_COMMAS:
+        raise FormatError("the JSON holds too much", file=file, expected=f"at most {MAX_LISTS} lists and tables", found=lists)
 
 
 @contextmanager
