@@ -1,4 +1,4 @@
-"""Probes the models whose packings differ most and prints layout, rotary order and seconds: `python bench/probe.py [TYPE ...]`."""
+"""Probes the models whose packings differ most and prints layout, rotary order and seconds: `python -m bench.probe [TYPE ...]`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from typing import Any
 
 import torch
+from tests.families_small import small
 from torch import nn
 
 from triptych.live.probe import Probed, probe, smallest
-from triptych.live.tiny import classes
 
 LIMIT = 2.0
 NAMED: list[tuple[str, str, dict[str, Any]]] = [
@@ -48,44 +48,6 @@ NAMED: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-def esm_trunk() -> nn.Module:
-    """ESMFold's folding trunk, one block, over a small language model."""
-    from transformers import AutoConfig
-
-    sizes = {
-        "sequence_head_width": 4,
-        "sequence_state_dim": 24,
-        "pairwise_head_width": 4,
-        "pairwise_state_dim": 8,
-        "num_blocks": 1,
-        "max_recycles": 1,
-    }
-    structure = {
-        "sequence_dim": 24,
-        "pairwise_dim": 8,
-        "ipa_dim": 4,
-        "num_heads_ipa": 3,
-        "num_blocks": 1,
-        "resnet_dim": 8,
-        "num_qk_points": 2,
-        "num_v_points": 3,
-    }
-    config = AutoConfig.for_model(
-        "esm",
-        hidden_size=24,
-        num_attention_heads=3,
-        num_hidden_layers=1,
-        intermediate_size=32,
-        vocab_size=33,
-        is_folding_model=True,
-        pad_token_id=1,
-        mask_token_id=32,
-        position_embedding_type="rotary",
-        esmfold_config={"trunk": {**sizes, "structure_module": structure}, "fp16_esm": False, "lddt_head_hid_dim": 8},
-    )
-    return next(c for c in classes(config) if c.__name__ == "EsmForProteinFolding")(config).eval()
-
-
 def shown(name: str, found: dict[str, Probed], seconds: float) -> None:
     print(f"{name:18} {seconds:5.2f} s" + ("" if seconds <= LIMIT else f"   more than {LIMIT} s"))
     seen = set()
@@ -101,7 +63,7 @@ def main(types: list[str]) -> None:
     torch.manual_seed(0)
     jobs: list[tuple[str, Any]] = [(name, (kind, sizes)) for name, kind, sizes in NAMED if not types or kind in types]
     if not types:
-        jobs += [("ESMFold", esm_trunk()), ("MultiheadAttention", nn.MultiheadAttention(24, 3))]
+        jobs += [("ESMFold", small("esm")), ("MultiheadAttention", nn.MultiheadAttention(24, 3))]
     for name, job in jobs:
         if isinstance(job, nn.Module):
             model = job

@@ -29,9 +29,11 @@ import torch
 import transformers
 
 from tests.families_loaded import loaded
+from tests.families_modules import MODULES, alone
 from tests.families_small import inputs, small
 from triptych.errors import TraceError, TriptychError
 from triptych.families import all_records
+from triptych.families.config import class_defaults
 from triptych.families.declare import Projection, declared
 from triptych.families.match import claims_of, hits_of, index_of, tail_of
 from triptych.families.records import DATA, generic_records, lookup
@@ -43,7 +45,7 @@ from triptych.rowmap import parts
 from triptych.sizes import Sizes
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
-LIMIT, WORKERS = 60, 2
+LIMIT, WORKERS = 300, 2
 OTHER_NAMES = {
     "gate": "z",
     "B": "in_gate",
@@ -53,21 +55,46 @@ OTHER_NAMES = {
     "q_nope": "nope",
     "q_rope": "rope",
     "kv_latent": "latent",
+    "o": "z",
 }
 """Part names that say the same; the probe knows no family's words."""
 
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 1408}
 TWELVE = {"num_attention_heads": 12, "hidden_size": 768}
 CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "bloom": ({"n_head": 6, "hidden_size": 72},),
     "dbrx": ({"attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 1e4}},),
-    "deepseek_v2": ({"num_experts_per_tok": 2, "moe_intermediate_size": 1408},),
+    "deepseek_v2": (EXPERTS, {**EXPERTS, "q_lora_rank": None}),
     "falcon": (
         {"new_decoder_architecture": True, "num_kv_heads": 4, **TWELVE},
         {"multi_query": True, **TWELVE},
         {"multi_query": False, **TWELVE},
     ),
     "gpt_bigcode": ({}, {"multi_query": False}),
+    "mamba2": ({"n_groups": 2},),
+    "hiera": ({}, {"architecture": "HieraForPreTraining"}),
+    **dict.fromkeys(("gpt2", "imagegpt"), ({}, {"add_cross_attention": True})),
+    **dict.fromkeys(
+        ("deepseek_v3", "axk1", "glm4_moe_lite", "mistral4", "youtu", "longcat_flash", "minicpm3"), ({}, {"q_lora_rank": None})
+    ),
 }
-"""For types whose default config no model can be made of, or that have several layouts."""
+"""For types whose default config no model can be made of, or that have several layouts; `architecture` is the class."""
+
+ALIKE = {
+    "v_head_dim": ("qk_nope_head_dim", 1, 4),
+    "qk_nope_head_dim": ("qk_rope_head_dim", 1, 3),
+    "index_head_dim": ("qk_rope_head_dim", 2, 3),
+    "linear_value_head_dim": ("linear_key_head_dim", 1, 3),
+}
+"""A size that many configs have so many times as large as another, where records could mix them up, and by how many halves it is made."""
+
+UNSEEN = {
+    r"batch_norm": "a batch norm: its numbers belong to the rows of the projection before it",
+    r"compressor\..*(kv|gate)_proj$": "its rows are added over a window of tokens before they reach an attention",
+    r"kv_points$": "the points are moved by a frame of three dims before they are compared",
+    r"conv_qk_depthwise$": "the next convolution mixes the channels of each head before they reach an attention",
+}
+"""Why some tensors cannot be seen, by the ends of their names."""
 
 Key = tuple[str, str, str, str]
 """An entry of the table: record, tensor, layout, condition."""
@@ -136,7 +163,9 @@ def verdict(kind: str) -> Verdict:
     if not found and not problems:
         notes = " ".join(record.note for record in lookup(kind))
         problems.append(notes or "the module has no such tensor, and no conversion of one on loading was seen")
-    return Verdict(kind, tuple(reversed(found.values())), time.perf_counter() - start, problems[0] if problems else "")
+    executed = {one.tensor for one in found.values() if one.executed}
+    compared = tuple(one for one in reversed(found.values()) if one.executed or one.tensor not in executed)
+    return Verdict(kind, compared, time.perf_counter() - start, problems[0] if problems else "")
 
 
 def _seen(kind: str, overrides: dict[str, Any]) -> list[Compared]:
@@ -147,7 +176,7 @@ def _seen(kind: str, overrides: dict[str, Any]) -> list[Compared]:
     try:
         models = _models(kind, overrides)
         for model in models:
-            new = [one for one in _tried(kind, model) if not one.keys or {key[0] for key in one.keys} & records]
+            new = _tried(kind, model, records)
             seen += [one for one in new if one.executed or not seen]
             if any(one.executed and one.keys for one in seen):
                 break
@@ -161,15 +190,18 @@ def _seen(kind: str, overrides: dict[str, Any]) -> list[Compared]:
 def _models(kind: str, overrides: dict[str, Any]) -> Iterator[Any]:
     """Small models: of the type, then of the classes that hold more than its base model, then of what it is a tower of."""
     failed: Exception | None = None
-    if (model := small(kind)) is not None:
+    if (part := alone(kind)) is not None:
+        yield part
+        return
+    if (model := small(kind, overrides)) is not None:
         yield model
-    for unequal in [_unequal(kind), {}] if model is None else []:
+    for wider, fewer in [_unequal(kind), ({}, {})] if model is None else []:
         try:
-            model, _ = smallest(transformers.AutoConfig.for_model(kind, **overrides), **unequal)
+            model, _ = smallest(transformers.AutoConfig.for_model(kind, **{**wider, **overrides}), **fewer)
             yield model
         except TriptychError as error:
             failed = failed or error
-        if not unequal:
+        if not wider and not fewer:
             break
     for cls in classes(model.config) if model is not None else ():
         if cls is not type(model):
@@ -182,37 +214,54 @@ def _models(kind: str, overrides: dict[str, Any]) -> Iterator[Any]:
         raise failed
 
 
-def _tried(kind: str, model: Any) -> list[Compared]:
+def _tried(kind: str, model: Any, records: set[str]) -> list[Compared]:
+    """What a model shows of the tensors that these records name: run, or else loaded."""
     config = model.config.to_dict()
     compared: list[Compared] = []
+
+    def ours(found: list[Compared]) -> list[Compared]:
+        return [one for one in found if not one.keys or {key[0] for key in one.keys} & records]
+
     with contextlib.suppress(TraceError):
         shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        compared += _all_compared(config, shapes, probe(model, **inputs(kind, model)), "executed")
-    if not any(one.executed for one in compared):
+        compared += ours(_all_compared(config, shapes, probe(model, **inputs(kind, model)), "executed"))
+    if not any(one.executed for one in compared) and hasattr(model, "save_pretrained"):
         with contextlib.suppress(RuntimeError, ValueError, TraceError):  # what the library cannot save or load at this size
             shapes, found = loaded(model)
-            compared += _all_compared(config, shapes, found, "loaded")
+            compared += ours(_all_compared(config, shapes, found, "loaded"))
     return compared
 
 
 @functools.cache
 def _wholes(kind: str) -> list[str]:
     """The types that a tower is part of, whose conversions name its tensors."""
-    towers = {name: set(cls.sub_configs.values()) for name in transformers.CONFIG_MAPPING if (cls := transformers.CONFIG_MAPPING[name])}
     wholes = [kind]
     for part in wholes:
-        wholes += [whole for whole in towers if transformers.CONFIG_MAPPING[part] in towers[whole] and whole not in wholes]
+        wholes += [
+            whole
+            for whole, known in class_defaults().items()
+            if part in known.get("towers", {}).values() and whole in transformers.CONFIG_MAPPING and whole not in wholes
+        ]
     return wholes[1:]
 
 
-def _unequal(kind: str) -> dict[str, Any]:
-    """Fewer kv heads than heads where a config has both and they are equal, so that a record which mixes them up shows it."""
+def _unequal(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sizes that differ where a config's own are equal, so that a record which mixes them up shows it.
+
+    First what a config is made with, wider dims of a head; then what stays as it is when the rest is made small,
+    fewer kv heads than heads.
+    """
     config = transformers.CONFIG_MAPPING[kind]()
     told = vars(config)  # a per-layer attribute raises when it is asked of the whole config
+    wider = {
+        name: told[name] * more // 2
+        for name, (other, times, more) in ALIKE.items()
+        if isinstance(told.get(name), int) and told[name] == times * (told.get(other) or 0)
+    }
     heads, kv = told.get("num_attention_heads"), told.get("num_key_value_heads")
     if isinstance(heads, int) and heads == kv and heads % 4 == 0 and told.get("kv_lora_rank") is None:
-        return {"num_key_value_heads": heads // 4}
-    return {}
+        return wider, {"num_key_value_heads": heads // 4}
+    return wider, {}
 
 
 def _all_compared(
@@ -242,12 +291,18 @@ def _keys(said: Projection, index: Mapping[str, Any], shapes: Mapping[str, tuple
 def _compared(name: str, said: Projection, seen: Probed | None, keys: tuple[Key, ...], how: str) -> Compared:
     layout = f"{said.layout}  {said.sizes.of(said.layout)}"
     if seen is None or seen.layout is None:
-        return Compared(name, layout, "", None, "its rows were not seen to reach an attention" if seen is None else seen.note, keys, "read")
+        return Compared(name, layout, "", None, _unseen(name, said.layout) if seen is None else seen.note, keys, "read")
     executed = f"{seen.layout}  {seen.sizes.of(seen.layout)}"
     fault = "" if same_rows(said.layout, said.sizes, seen.layout, seen.sizes) else "the rows differ"
     if not fault and said.rope != seen.rotary and said.kind in ("attention", "mla"):
         fault = f"rotary: the record says {said.rope}, the code does {seen.rotary}"
     return Compared(name, layout, executed, seen.rotary, fault, keys, how)
+
+
+def _unseen(name: str, layout: Layout) -> str:
+    if len(layout.paths) == 1 and len(layout.paths[0].names) == 1:
+        return "one part in one role: nothing in it is fused"
+    return next((why for ending, why in UNSEEN.items() if re.search(ending, name)), "its rows were not seen to reach an attention")
 
 
 def same_rows(a: Layout, a_sizes: Mapping[str, int], b: Layout, b_sizes: Mapping[str, int]) -> bool:
@@ -349,12 +404,13 @@ def table(found: list[Verdict], date: str) -> str:
         f"Written by `make families` with transformers {transformers.__version__}, {date}.",
         "",
         f"{number['executed']} of {number.total()} types verified by execution, {number['loaded']} through the library's own loader, "
-        "the rest read, with the reason.",
+        f"{number['read'] or 'none'} only read.",
         "",
         "A type counts as one with its towers (`qwen2_vl` with `qwen2_vl_vision`), and as what its weakest tower is; each has lines of its "
         "own below.",
         "",
-        "- executed: a small model was built and run with labelled rows; they reached the parts, heads and dims that the record says.",
+        "- executed: a small model was built and run with labelled rows; they reached the parts, heads and dims that the record says. "
+        "Where the whole model cannot be made, its module alone was.",
         "- loaded: the module has no such tensor; a file with labelled rows was written, loaded through transformers' own conversion, "
         "and the rows followed from there.",
         "- read: the record was written from the source; why nothing was run, or what was seen instead, stands beside it.",
@@ -365,6 +421,8 @@ def table(found: list[Verdict], date: str) -> str:
     for v in found:
         for one in v.compared:
             how = f"{'differs' if one.executed else 'read'}: {one.fault}" if one.fault else one.how
+            if how == "executed" and v.name in MODULES:
+                how = "executed, its module alone"
             layout = (one.executed if not one.fault else one.declared).split("  ")[0]
             lines.append("| " + " | ".join(_cell(x) for x in (v.name, f"`{one.tensor}`", f"`{layout}`", one.rotary or "", how)) + " |")
         if not v.compared:

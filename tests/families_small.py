@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import transformers
 
+from tests.families_modules import Alone
 from triptych.live.tiny import classes
 
 BASE = {
@@ -114,8 +117,65 @@ SMALL: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "levit": {
+        "image_size": 64,
+        "hidden_sizes": [48, 60, 72],
+        "num_attention_heads": [3, 5, 6],
+        "key_dim": [8, 12, 4],
+        "depths": [1, 1, 1],
+        "attention_ratio": [2, 2, 3],
+    },
+    "florence_vision": {
+        "image_size": 64,
+        "depths": [1, 1, 1, 1],
+        "embed_dim": [24, 40, 60, 72],
+        "num_heads": [3, 4, 5, 6],
+        "num_groups": [4, 5, 6, 3],
+        "window_size": 2,
+    },
+    "hiera": {
+        "image_size": [64, 64],
+        "embed_dim": 12,
+        "num_heads": [1, 2, 3, 4],
+        "depths": [1, 1, 1, 1],
+        "decoder_hidden_size": 40,
+        "decoder_depth": 1,
+        "decoder_num_heads": 5,
+    },
+    "focalnet": {"image_size": 64, "embed_dim": 12, "depths": [1, 1, 1], "hidden_sizes": [12, 24, 48], "focal_levels": [3, 2, 2]}
+    | {"focal_windows": [3, 3, 3]},
     "mobilevitv2": {"image_size": 64, "base_attn_unit_dims": [16, 24, 32], "n_attn_blocks": [1, 1, 1], "width_multiplier": 0.25},
 }
+SMALL["rf_detr"] = {
+    "d_model": 48,
+    "decoder_self_attention_heads": 3,
+    "decoder_cross_attention_heads": 4,
+    "decoder_layers": 1,
+    "decoder_ffn_dim": 40,
+    "num_queries": 5,
+    "group_detr": 1,
+    "backbone_config": {
+        "model_type": "rf_detr_dinov2",
+        "hidden_size": 24,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 2,
+        "image_size": 56,
+        "num_windows": 1,
+        "window_block_indexes": [],
+        "out_features": ["stage1", "stage2"],
+    },
+}
+EVOLLA = {
+    **BASE,
+    "num_hidden_layers": 2,
+    "aligner_num_add_layers": 1,
+    "resampler_depth": 1,
+    "resampler_dim_head": 8,
+    "resampler_heads": 3,
+    "resampler_num_latents": 5,
+    "protein_encoder_config": {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 40, "num_hidden_layers": 1},
+}
+SMALL |= {"evolla": EVOLLA, "EvollaModel": EVOLLA}
 CLASSES = {
     "esm": "EsmForProteinFolding",
     "pp_ocrv5_mobile_rec": "PPOCRV5MobileRecEncoderWithSVTR",
@@ -125,17 +185,26 @@ CLASSES = {
 """The class that holds the tensors, where it is not the base model."""
 
 
-def small(kind: str) -> Any:
-    """A model of a type that is written out here, else None."""
-    if kind not in SMALL and kind not in CLASSES:
+def small(kind: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """A model of a type that is written out here, or of a class that `overrides` name as `architecture`, else None."""
+    wanted = overrides.get("architecture", CLASSES.get(kind))
+    if kind not in SMALL and wanted is None:
         return None
-    config = transformers.AutoConfig.for_model(kind, **SMALL.get(kind, {}))
+    config = transformers.AutoConfig.for_model(kind, **SMALL.get(kind, {}) | {k: v for k, v in overrides.items() if k != "architecture"})
     found = classes(config)
-    return next((cls for cls in found if cls.__name__ == CLASSES.get(kind)), found[0])(config).eval()
+    return next((cls for cls in found if cls.__name__ == wanted), found[0])(config).eval()
 
 
 def inputs(kind: str, model: Any) -> dict[str, Any]:
     """What to call it with, when `tt.probe` cannot know."""
+    if isinstance(model, Alone):
+        return model.call
+    if kind in ("evolla", "EvollaModel"):
+        ids = torch.arange(5, 11).view(1, -1)
+        return {"input_ids": ids, "protein_input_ids": ids, "protein_attention_mask": torch.ones_like(ids)}
+    if getattr(model.config, "add_cross_attention", False):
+        ids, other = torch.arange(5, 11).view(1, -1), torch.randn(1, 7, model.config.hidden_size)
+        return {"input_ids": ids, "encoder_hidden_states": other, "use_cache": False}
     if not type(model).__name__.endswith("EncoderWithSVTR"):
         return {}
     first = next(p for p in model.parameters() if p.dim() == 4)

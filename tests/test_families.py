@@ -398,6 +398,15 @@ def test_defaults_that_a_config_leaves_out():
     assert declared({"model_type": "bloom"}, {"h.0.self_attention.query_key_value.weight": (192, 64)}).projections[0].sizes["h"] == 8
 
 
+@pytest.mark.parametrize(("said", "layout"), [({"q_lora_rank": None}, "h (nope dn|rope dr)"), ({"q_lora_rank": 12}, None), ({}, None)])
+def test_a_null_in_the_config_is_no_default(said, layout):
+    """DeepSeek-V2-Lite says `q_lora_rank: null`; the class has 1536."""
+    config = {"model_type": "deepseek_v2", "num_attention_heads": 6, "qk_nope_head_dim": 10, "qk_rope_head_dim": 4, "v_head_dim": 7}
+    attention = "model.layers.0.self_attn."
+    found = declared(config | said, {attention + "q_proj.weight": (84, 40), attention + "kv_b_proj.weight": (102, 30)}).projections
+    assert [str(one.layout) for one in found if "q_proj" in one.name] == ([layout] if layout else [])
+
+
 def test_heads_of_a_stage_and_of_a_layer():
     config = {
         "model_type": "sam2_hiera_det_model",

@@ -45,6 +45,12 @@ SPREAD = [
     "jetmoe",
     "siglip_vision_model",
     "aria",
+    "focalnet",
+    "mobilevitv2",
+    "pp_doclayout_v3",
+    "layoutlmv2",
+    "xlstm",
+    "rf_detr",
 ]
 
 

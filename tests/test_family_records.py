@@ -98,11 +98,18 @@ def test_formulae(text, value):
         ("min(a)", "takes 2 values"),
         ("round_up(a, zero)", "must be positive"),
         ("list + 1", "must be a number"),
+        ("-" * 399 + "1", "nested too deeply"),
+        ("round_up(1, 1e-320)", "out of bounds"),
     ],
 )
 def test_formulae_that_fail_say_why(text, says):
     with pytest.raises(FormatError, match=re.escape(says)):
         formula.evaluate(text, _names)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_formula_makes_python_say_nothing_of_its_own():
+    assert formula.evaluate("1or 7", _names) == 1
 
 
 # The table itself.
@@ -124,6 +131,7 @@ def test_every_record_is_sound():
                 entry.tails,
                 entry.beside,
                 entry.on_disk,
+                entry.sizes,  # of those that differ in nothing else the shapes choose
             )
             assert key not in seen, key
             seen.add(key)
@@ -308,6 +316,8 @@ def test_an_entry_point_offers_records(tmp_path, monkeypatch):
         (GOOD + "axis = true\n", "'axis' of a record has the wrong type"),
         (GOOD.replace("types", 'like = "none"\ntypes'), "like a template that stands nowhere above"),
         (GOOD.split("[[family.tensor")[0], "at least one"),
+        (GOOD.replace('fused = "', 'fused = "{L}.{L}.'), "at most one {L}"),
+        (GOOD.replace('fused = "', 'fused = "*****.'), "a whole component"),
     ],
 )
 def test_record_files_that_are_none_say_why(tmp_path, text, says):

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.families_report import same_rows
 from triptych.errors import TraceError
 from triptych.layout import Layout
 from triptych.live.probe import Probed, probe
+from triptych.sizes import bind
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -450,6 +452,124 @@ def test_a_bias_that_lies_otherwise_than_its_weight_is_said(shift: int) -> None:
 
     seen = probe(Shifted())["qkv"]
     assert str(seen.layout) == "h (q|k|v) d" and bool(seen.note) == bool(shift)
+
+
+class Pointer(nn.Module):
+    """Scores of pairs that weigh nothing."""
+
+    def __init__(self, swapped: bool) -> None:
+        super().__init__()
+        self.dense = nn.Linear(12, 16)
+        self.swapped = swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.dense(x).view(*x.shape[:2], 2, 8).unbind(2)
+        q, k = (k, q) if self.swapped else (q, k)
+        return q @ k.transpose(-1, -2)
+
+
+class Indexer(nn.Module):
+    """Chooses tokens by the sum over 3 heads of weight * relu(q k), of which the first or last 4 of 10 dims are rotated."""
+
+    def __init__(self, first: bool, added: bool) -> None:
+        super().__init__()
+        self.wq, self.wk, self.weigh = nn.Linear(12, 30), nn.Linear(12, 10), nn.Linear(12, 3)
+        self.first, self.added = first, added
+
+    def turned(self, y: Tensor) -> Tensor:
+        """y [b, t, .., 10]"""
+        parts = list(y.split([4, 6] if self.first else [6, 4], dim=-1))
+        at = 0 if self.first else 1
+        angle = torch.arange(y.shape[1]).view(1, -1, *[1] * (y.dim() - 2)) * torch.tensor([1.0, 0.3, 1.0, 0.3])
+        a, b = parts[at].chunk(2, dim=-1)
+        parts[at] = parts[at] * angle.cos() + torch.cat([-b, a], dim=-1) * angle.sin()
+        return torch.cat(parts, dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.turned(self.wq(x).view(*x.shape[:2], 3, 10)), self.turned(self.wk(x))
+        scores = F.relu(q @ k.transpose(-1, -2).unsqueeze(1))
+        weights = self.weigh(x)
+        index = (scores * weights.unsqueeze(-1)).sum(2) if self.added else (weights.unsqueeze(-2) @ scores).squeeze(-2)
+        return index.topk(2).indices
+
+
+class LinearAttention(nn.Module):
+    """softmax(q) over the tokens weighs k, and the sum multiplies v; q is one row."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.proj, self.order = nn.Conv2d(12, 13, 1), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = dict(zip(self.order, self.proj(x).split([1 if part == "q" else 6 for part in self.order], dim=1), strict=True))
+        context = (parts["k"] * parts["q"].softmax(-1)).sum(-1, keepdim=True)
+        return F.relu(parts["v"]) * context.expand_as(parts["v"])
+
+
+class Modulation(nn.Module):
+    """Focal modulation with 3 gates, of which the last is for the mean."""
+
+    def __init__(self, order: list[str]) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(10, 23), nn.Conv2d(10, 10, 1)
+        self.convolutions = nn.ModuleList(nn.Conv2d(10, 10, 3, padding=1, groups=10, bias=False) for _ in range(2))
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = [3 if part == "gates" else 10 for part in self.order]
+        parts = dict(zip(self.order, self.into(x).permute(0, 3, 1, 2).contiguous().split(sizes, dim=1), strict=True))
+        q, context, gates = parts["q"], parts["ctx"], parts["gates"]
+        total = torch.zeros(())
+        for level, convolution in enumerate(self.convolutions):
+            context = F.gelu(convolution(context))
+            total = total + context * gates[:, level : level + 1]
+        return q * self.out(total + F.gelu(context.mean((2, 3), keepdim=True)) * gates[:, 2:])
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_pointer(swapped: bool) -> None:
+    seen = probe(Pointer(swapped))["dense"]
+    wanted = Layout("(k|q) d" if swapped else "(q|k) d")
+    assert seen.layout is not None and same_rows(seen.layout, seen.sizes, wanted, bind(wanted, d=8))
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("first", "layout"), [(True, "h (rope dr|nope d)"), (False, "h (nope d|rope dr)")])
+def test_an_indexer(first: bool, layout: str, added: bool) -> None:
+    found = probe(Indexer(first, added))
+    assert list(found) == ["wq"] and found["wq"].rotary == "half"
+    sizes = found["wq"].sizes
+    rows = bind(layout, h=3, dr=4, d=6)
+    assert found["wq"].layout is not None and same_rows(found["wq"].layout, sizes, Layout(layout), rows)
+
+
+@pytest.mark.parametrize("order", ["qkv", "vqk", "kqv"])
+def test_linear_attention_of_one_query_row(order: str) -> None:
+    seen = probe(LinearAttention(order), torch.randn(1, 12, 2, 5))["proj"]
+    wanted = Layout("|".join("q" if part == "q" else f"{part} d" for part in order))
+    assert seen.layout is not None and same_rows(seen.layout, seen.sizes, wanted, bind(wanted, d=6))
+
+
+@pytest.mark.parametrize("order", [["q", "ctx", "gates"], ["gates", "q", "ctx"], ["ctx", "gates", "q"]])
+def test_focal_modulation(order: list[str]) -> None:
+    seen = probe(Modulation(order), torch.randn(1, 8, 8, 10))["into"]
+    wanted = Layout("|".join("gates l" if part == "gates" else f"{part} e" for part in order))
+    assert seen.layout is not None and same_rows(seen.layout, seen.sizes, wanted, bind(wanted, e=10, l=3))
+
+
+def test_scores_and_weights_of_another_head_have_no_layout() -> None:
+    """Queries of which each meets both keys are no pointer's."""
+
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Linear(12, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = self.dense(x).view(*x.shape[:2], 2, 2, 8).unbind(2)
+            return q.flatten(1, 2) @ k.flatten(1, 2).transpose(-1, -2)
+
+    assert probe(Crossed()) == {}
 
 
 def test_a_config_alone() -> None:

@@ -28,12 +28,15 @@ class View:
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def get(self, name: str) -> object:
-        """The value of a dotted key, or a `Missing`. Raises FormatError when the path leads through something that is no table."""
+        """The value of a dotted key, or a `Missing`; a null that the config says is no default's to fill.
+
+        Raises FormatError when the path leads through something that is no table.
+        """
         known = class_defaults().get(self.type, {})
-        for key in (name, *known.get("aliases", {}).get(name, ())):
-            value = _walk(self.config, key)
-            if not isinstance(value, Missing) and value is not None:
-                return value
+        values = [_walk(self.config, key) for key in (name, *known.get("aliases", {}).get(name, ()))]
+        said = [value for value in values if not isinstance(value, Missing)]
+        if said:
+            return next((value for value in said if value is not None), None)
         for table in (self.defaults, known.get("defaults", {})):
             if table.get(name) is not None:
                 return table[name]

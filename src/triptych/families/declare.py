@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ..errors import FormatError, TriptychError
+from ..errors import FormatError, TriptychError, cut
 from ..layout import Layout
-from ..rowmap import parts as placed_parts
 from ..sizes import Sizes, bind
 from .match import Claim, Hit, Shape, claims_of, hits_of, index_of, tail_of
 from .records import Record, entry_point_records, find
@@ -35,7 +35,8 @@ class Projection:
     `name` is the fused tensor's name: in the file when `fused`, else the name by rule that it gets when joined. `layout` says how its rows
     lie; for separate tensors it is the layout that joining writes by default. `axis` is the packed axis of the fused tensor and of
     its parts. `parts` gives the tensors in the file when not `fused`, else the names by rule when split; a part that is
-    zero has none. `rope` is "half", "interleaved", "partial half: first 16 of 64 dims" or None. `source` is the provenance.
+    zero has none. `rope` is "half", "interleaved", "partial half: first 16 of 64 dims" or None. `source` is the provenance. `ambiguous`:
+    other layouts in which files of the same model exist.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Projection:
     rope: str | None
     source: str
     kind: str = "attention"
+    ambiguous: tuple[Layout, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def declared(
         if name not in outcomes.told and name not in outcomes.unknown:
             outcomes.unknown[name] = _why_unknown(config, claims)
     known = [claim for claim in claims if claim.rank < 3]
-    family = family or (known and str((config or {}).get("model_type") or known[0].record.name)) or None
+    family = family or (known and cut(str((config or {}).get("model_type") or known[0].record.name))) or None
     return Declaration(family, tuple(outcomes.projections), _sentences(outcomes.unknown), outcomes.unknown)
 
 
@@ -158,7 +160,7 @@ class _Outcomes:
             return told
         end = entry.tails[hit.tail]
         parts = {part: hit.home + file + end for part, file in entry.parts if part in told.rows}
-        return Projection(name, True, layout, told.sizes, axis, parts, told.rope, entry.source, entry.kind)
+        return Projection(name, True, layout, told.sizes, axis, parts, told.rope, entry.source, entry.kind, entry.ambiguous)
 
     def _choose(self, names: Sequence[str], fits: list[tuple[Hit, Projection]]) -> None:
         self.told.update(names)
@@ -189,8 +191,7 @@ class _Outcomes:
                 return None
             sizes = sizes_of(claim.entry, claim.view, numbers, self.given)
             bound = bind(layout, rows=rows, **sizes)
-            placed = [part for part in placed_parts(layout, bound) if not part.path.zero]
-            counts = {name: part.shape[0] * part.shape[1] for part in placed for name in part.path.names}
+            counts = {name: math.prod(map(bound.__getitem__, path.axes)) for path in layout.paths if not path.zero for name in path.names}
             return _Sized(bound, rotary(claim.entry, claim.view, bound, numbers), counts)
         except TriptychError as error:
             return _reason(error, claim, shape)
@@ -271,8 +272,8 @@ def _why_unknown(config: Mapping[str, Any] | None, claims: Sequence[Claim]) -> s
     if not isinstance(kind, str):
         return "its name looks fused, and the config has no model_type"
     if not any(claim.rank < 3 for claim in claims):
-        return f"its name looks fused, and no record knows model_type {kind!r}"
-    return f"its name looks fused, and the record of {kind!r} has no such tensor"
+        return f"its name looks fused, and no record knows model_type {cut(kind)!r}"
+    return f"its name looks fused, and the record of {cut(kind)!r} has no such tensor"
 
 
 def _sentences(unknown: Mapping[str, str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import math
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -38,7 +39,10 @@ def evaluate(text: str, names: Names) -> Value:
 
     Raises FormatError: the text is no formula, a key is missing or no number, a quotient has a rest, a number is out of bounds.
     """
-    value = _value(_parsed(text), names)
+    try:
+        value = _value(_parsed(text), names)
+    except RecursionError:
+        raise FormatError("a formula is nested too deeply", found=text[:60]) from None
     if isinstance(value, Missing):
         raise FormatError(f"the config has no {value.name!r}", equation=text)
     return value
@@ -49,7 +53,9 @@ def _parsed(text: str) -> ast.expr:
     if len(text) > MAX_TEXT:
         raise FormatError("a formula is too long", found=f"{len(text)} characters", expected=f"at most {MAX_TEXT}")
     try:
-        return ast.parse(text.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python's own syntax, in a text that is none of ours
+            return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise FormatError("this is not a formula", found=text) from None
 
@@ -197,7 +203,10 @@ def _call(node: ast.Call, arguments: list[Value]) -> Value:
     numbers = [_number(argument, node) for argument in arguments]
     if name == "round_up" and numbers[1] <= 0:
         raise FormatError("a config value must be positive here", found=str(numbers[1]), equation=ast.unparse(node))
-    return _number(function(*numbers), node)
+    try:
+        return _number(function(*numbers), node)
+    except OverflowError:
+        raise FormatError("a config value is out of bounds", found=str(numbers)[:60], equation=ast.unparse(node)) from None
 
 
 @lru_cache(maxsize=4096)

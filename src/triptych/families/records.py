@@ -43,7 +43,8 @@ class Entry:
     `*` is any one component. The first of `tails` is the weight's, packed along `axis`; the second the bias's; all others are vectors
     whose rows follow the weight's (a BatchNorm). Parts lie beside it, under home + part's name + tail. Files hold the fused tensor when
     `on_disk`, the parts when `apart`, one or the other when both; a name that is not on disk is the one by rule.
-    `beside` lists siblings that must be there, or with `!` must not. `verified` says how and when the claim was checked: "read" until the
+    `beside` lists siblings that must be there, or with `!` must not. `ambiguous` lists other layouts in which files of this model, with the
+    same names, shapes and config, are known to exist. `verified` says how and when the claim was checked: "read" until the
     model's own code was executed.
     """
 
@@ -66,6 +67,7 @@ class Entry:
     verified: str
     note: str
     companions: tuple[tuple[str, str], ...]
+    ambiguous: tuple[Layout, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ _TENSOR |= {
     "either": bool,
     "beside": list,
     "companions": dict,
+    "ambiguous": list,
 }
 
 
@@ -199,9 +202,14 @@ def _entry(raw: dict[str, Any], source: str, where: str) -> Entry:
     if ("fused" in raw) == ("join" in raw):
         raise FormatError("a tensor has either `fused`, the name in the file, or `join`, the name by rule", where=where)
     home, _, name = str(raw.get("fused") or raw.get("join")).rpartition(".")
+    if home.count("{L}") > 1 or home.count("{S}") > 1:
+        raise FormatError("a tensor's name has at most one {L} and one {S}", where=where, found=f"{home}.{name}")
+    if any("*" in word and word != "*" for word in home.split(".")):  # several in one word take for ever to match
+        raise FormatError("a * stands for a whole component of a name", where=where, found=f"{home}.{name}", expected="layers.*.attn")
     try:
         layout = Layout(raw.get("layout", ""))
         bias_layout = Layout(raw.get("bias_layout", layout))
+        ambiguous = tuple(map(Layout, _strings(raw.get("ambiguous", []), "ambiguous", where)))
     except LayoutError as error:
         raise FormatError("a record's layout is none", where=where, found=str(error)) from None
     given = raw.get("parts", {})
@@ -240,6 +248,7 @@ def _entry(raw: dict[str, Any], source: str, where: str) -> Entry:
         verified="read",
         note=raw.get("note", ""),
         companions=tuple((str(k), str(v)) for k, v in raw.get("companions", {}).items()),
+        ambiguous=ambiguous,
     )
 
 

@@ -269,8 +269,8 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 gate = both & (kx == STRONG) & (ky == OUT)
                 if bool(gate.any()):
                     self.log.gates.append(torch.stack([row(x[gate]), y[gate] & ((1 << KIND) - 1)]))
-            if bool(differ.any()) and a_thin == b_thin:
-                self.log.products.append(torch.stack([a[differ], b[differ]]))
+            if bool(differ.any()):
+                (self.log.products if a_thin == b_thin else self.log.spread).append(torch.stack([a[differ], b[differ]]))
         biased = both & (((ka == STRONG) & (kb == WEAK)) | ((ka == WEAK) & (kb == STRONG)))
         if name in SUMS and bool(biased.any()):
             strong = torch.where(ka == STRONG, a, b)[biased]
@@ -341,6 +341,8 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         scores = labels[(labels > 0) & (kind(labels) == SCORE)]
         for number in torch.unique((scores >> 44) & 0xFFF).tolist():
             self.log.attentions[number].softmax = True
+        if not len(scores) and bool((strong := (labels > 0) & (kind(labels) == STRONG)).any()):
+            self.log.softened.append(torch.unique(row(labels[strong])))
         self.put(out, labels)
 
     def strip(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
@@ -404,8 +406,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 same = inputs if b_weak else inputs.transpose(-1, -2)
                 return same if same.shape == (*a.shape[:-1], b.shape[-1]) else None
             self._feeds(inputs, lines)
-            if bool(((inputs > 0) & (kind(inputs) == OUT)).any()):
-                self.log.closing.update(self._starts(lines))
+            self._closes(inputs, lines)
         count = math.prod(other.shape[:-1])
         places = torch.arange(count).reshape(*other.shape[:-1], 1) & 0xFFFF
         labels = torch.where(lines > 0, lines & ROW, 0).unsqueeze(-2).expand(shape) + (places << TOKEN)
@@ -425,10 +426,18 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for first in self._starts(lines):
                 self.log.fed.setdefault(first, vector)
 
+    def _closes(self, inputs: Tensor, lines: Tensor) -> None:
+        vectors = torch.where((inputs > 0) & (kind(inputs) == OUT), inputs & ((1 << KIND) - 1), -1).reshape(-1, inputs.shape[-1])
+        outs = (vectors >= 0).sum(1)
+        if bool(outs.any()):
+            for first in self._starts(lines):
+                self.log.closing.setdefault(first, vectors[int(outs.argmax())])
+
     def _scored(self, q: Tensor, k: Tensor) -> Tensor | None:
         """q [b, m, d] and k [b, n, d] meet: the result [b, m, n] knows which vectors."""
         strong = [((x > 0) & (kind(x) == STRONG)).any() for x in (q, k)]
         if not all(map(bool, strong)) or len(self.log.attentions) > 0xFFF:
+            self.log.unclear = self.log.unclear or any(bool((x == MIX).any()) for x in (q, k))
             return None
         number = len(self.log.attentions)
         self.log.attentions.append(Attention(q.clone(), k.clone()))

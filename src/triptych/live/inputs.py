@@ -13,7 +13,18 @@ TOKENS = 4
 
 
 def inputs_of(model: nn.Module) -> list[Call]:
-    """Calls to try, the likeliest first."""
+    """Calls to try, the likeliest first; on the device and, floating ones, in the dtype of the model's first floating parameter."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return [(tuple(_as(like, x) for x in args), {key: _as(like, x) for key, x in kwargs.items()}) for args, kwargs in _calls(model)]
+
+
+def _as(like: torch.Tensor | None, x: Any) -> Any:
+    if like is None or not isinstance(x, torch.Tensor):
+        return x
+    return x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+
+
+def _calls(model: nn.Module) -> list[Call]:
     if isinstance(model, nn.MultiheadAttention):
         x = torch.randn(1, TOKENS, model.embed_dim) if model.batch_first else torch.randn(TOKENS, 1, model.embed_dim)
         sides = [x if n == model.embed_dim else x.new_ones(*x.shape[:-1], n) for n in (model.embed_dim, model.kdim, model.vdim)]

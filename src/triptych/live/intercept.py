@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from .follow import Follow
 
-NAMES = re.compile(r"delta_rule|delta_attention|kda|retention|selective_scan|chunk_scan")
+NAMES = re.compile(r"delta_rule|delta_attention|kda|retention|selective_scan|chunk_scan|mlstm|chunkwise")
 
-OTHERS = {"beta": "b", "g": "a"}
+OTHERS = {"beta": "b", "g": "a", "igate": "i", "fgate": "f"}
 
 
 @contextlib.contextmanager
@@ -41,6 +41,8 @@ def recurrences(model: nn.Module, follow: Follow) -> Iterator[None]:
 
 
 def _is_recurrence(name: str, value: object) -> bool:
+    if isinstance(value, functools.partial):
+        name, value = getattr(value.func, "__name__", ""), value.func
     if not inspect.isfunction(value) or not NAMES.search(name):
         return False
     return bool(_operands(value))
@@ -76,7 +78,7 @@ def _reporting(function: Callable[..., Any], follow: Follow) -> Callable[..., An
         else:
             q, k, v = (bound[name] for name in operands)
             others = {part: bound[name] for name, part in OTHERS.items() if isinstance(bound.get(name), Tensor)}
-            follow.attention(q, k, v, out, False, heads=-2, **others)
+            follow.attention(q, k, v, out, False, heads=-3 if "igate" in bound else -2, **others)
         return result
 
     return wrapped

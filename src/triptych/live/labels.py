@@ -40,6 +40,11 @@ class Attention:
     recurrent: bool = False
     others: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def by_heads(self) -> bool:
+        """The scores of several heads are added, each times one number: an indexer's."""
+        return self.v is not None and not self.softmax and not self.recurrent and self.v.shape[-1] == 1 < self.q.shape[-1]
+
 
 @dataclass
 class Scan:
@@ -55,7 +60,9 @@ class Scan:
 class Log:
     """What was seen. Pairs are [2, n] tensors of row numbers; `gates` pairs rows with elements of attention outputs.
 
-    `closing` holds the first elements of parameters that multiply outputs of attention.
+    `spread`: products of rows along the last axis with one. `softened`: rows that went through a softmax themselves.
+    `closing`: first element of a parameter that multiplies outputs of attention -> [in] their numbers, -1 for none.
+    `unclear`: vectors met that were mixed all over, as rotated ones far from position 0 are.
     """
 
     attentions: list[Attention] = field(default_factory=list)
@@ -64,10 +71,13 @@ class Log:
     products: list[Tensor] = field(default_factory=list)
     gates: list[Tensor] = field(default_factory=list)
     biases: list[Tensor] = field(default_factory=list)
+    softened: list[Tensor] = field(default_factory=list)
+    spread: list[Tensor] = field(default_factory=list)
     fed: dict[int, Tensor] = field(default_factory=dict)
     mixed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     contracted: dict[int, int] = field(default_factory=dict)
-    closing: set[int] = field(default_factory=set)
+    closing: dict[int, Tensor] = field(default_factory=dict)
+    unclear: bool = False
 
 
 def kind(labels: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from .fit import fit
 from .follow import Follow
 from .inputs import Call, inputs_of
 from .labels import Log
-from .roles import Place, Reader, Table, rotary
+from .products import reader
+from .roles import Columns, Place, Table, rotary
 
 NO_SIZES = Sizes({})
 LATENT = ("h (k dn|v dv)",)
@@ -73,10 +74,12 @@ def probe(model: Any, *args: Any, **kwargs: Any) -> dict[str, Probed]:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a run showed: the roles of the rows of every parameter, and which rows were turned into each other."""
+    """What a run showed: the roles of the rows of every parameter, which rows were turned into each other, and what multiplies the
+    outputs of attention."""
 
     tables: dict[str, Table]
     rotations: tuple[Tensor, ...]
+    outputs: dict[str, Columns]
 
     def partners(self, name: str) -> dict[int, set[int]]:
         """Row of a parameter -> the rows it is rotated with."""
@@ -91,6 +94,7 @@ class Reading:
 
     def probed(self, table: Table, partners: Mapping[int, set[int]]) -> Probed | None:
         """The layout of a table's rows; None when it holds one part in one role."""
+        table = _in_halves(table, partners)
         parts = {part for roles in table.roles.values() for part in roles}
         alike = any(len(roles) > 1 for roles in table.roles.values())
         if len(parts) < 2 and not alike:
@@ -117,17 +121,18 @@ def read(model: nn.Module, *args: Any, **kwargs: Any) -> Reading:
     if any(p.is_meta for p in owners.values()):
         raise TraceError("a model on the meta device cannot be run", try_="tt.probe(model.config) builds a small one")
     first = _numbered(owners)
-    with _untouched(model):
+    with untouched(model):
         calls = [(args, kwargs)] if args or kwargs else inputs_of(model)
         log = _run(model, calls, first, still=False)
         places = _places(owners, first, log)
-        tables = Reader(log, places).tables
-        if any(table.listing() is None for table in tables.values()) or not tables:
-            still = Reader(_run(model, calls, first, still=True), places).tables
+        found = reader(log, places)
+        tables = found.tables
+        if log.unclear or any(table.listing() is None for table in tables.values()) or not tables:
+            still = reader(_run(model, calls, first, still=True), places).tables
             for name, table in still.items():
                 if name not in tables or (tables[name].listing() is None and len(table.roles) >= len(tables[name].roles)):
                     tables[name] = table
-    return Reading(tables, tuple(log.rotations))
+    return Reading(tables, tuple(log.rotations), found.outputs())
 
 
 def smallest(config: Any, **overrides: Any) -> tuple[nn.Module, dict[str, Probed]]:
@@ -216,6 +221,19 @@ def _places(owners: Mapping[str, Tensor], first: Mapping[int, int], log: Log) ->
     return places
 
 
+def _in_halves(table: Table, partners: Mapping[int, set[int]]) -> Table:
+    """The query of an indexer, of which some dims are rotated: in two parts, as in the attention that it chooses for."""
+    turned = {number for number in table.roles if partners.get(number)}
+    if not table.chooses or {part for roles in table.roles.values() for part in roles} != {"q"} or not 0 < len(turned) < len(table.roles):
+        return table
+    first = {part: min(table.roles[n]["q"][1] for n in table.roles if (n in turned) == (part == "rope")) for part in ("rope", "nope")}
+    result = Table(table.place, doubts=table.doubts, chooses=True)
+    for number, roles in table.roles.items():
+        part = "rope" if number in turned else "nope"
+        result.add(number, part, roles["q"][0], roles["q"][1] - first[part])
+    return result
+
+
 def _sample(rows: list[Any]) -> str:
     return ", ".join(f"{r.part}[{r.head},{r.dim}]" for r in rows[:6]) + ("..." if len(rows) > 6 else "")
 
@@ -225,7 +243,7 @@ def _shown(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no fused fast path; afterwards flags, buffers and random numbers are as before."""
     training = {module: module.training for module in model.modules()}
     buffers = [

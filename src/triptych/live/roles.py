@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections import Counter
@@ -59,12 +60,16 @@ class Place:
 
 @dataclass
 class Table:
-    """The roles of the rows of one parameter, and what was in doubt."""
+    """The roles of the rows of one parameter, and what was in doubt.
+
+    `latent`: it makes keys of MLA. `chooses`: its scores weigh no values.
+    """
 
     place: Place
     roles: dict[int, Roles] = field(default_factory=dict)
     doubts: set[str] = field(default_factory=set)
     latent: bool = False
+    chooses: bool = False
 
     def add(self, number: int, part: str, head: int, dim: int) -> None:
         known = self.roles.setdefault(number, {}).setdefault(part, (head, dim))
@@ -83,6 +88,18 @@ class Table:
         return out
 
 
+@dataclass(frozen=True)
+class Columns:
+    """A parameter that multiplies the output of an attention: (head, dim) of every line of its `axis`.
+
+    `queries`: the parameter that makes the queries of that attention.
+    """
+
+    queries: str
+    axis: int | None
+    places: list[tuple[int, int]]
+
+
 class Reader:
     """Reads a log. `tables` maps the first element of a parameter to its table."""
 
@@ -92,11 +109,15 @@ class Reader:
         self.starts = np.array([place.first for place in self.places])
         self.tables: dict[str, Table] = {}
         self.heads_of_out: dict[int, dict[int, int]] = {}
+        self.queries: dict[int, str] = {}
         self.scanned: dict[tuple[str, str], list[tuple[int, ...]]] = {}
         self.head_of_scan: dict[int, int] = {}
         for number, seen in sorted(enumerate(log.attentions), key=lambda pair: not pair[1].softmax):
-            if seen.v is not None:
+            if seen.v is not None and not seen.by_heads:
                 self._attention(number, seen)
+        for seen in log.attentions:
+            if seen.v is None or seen.by_heads:
+                self._choice(seen)
         for scan in log.scans:
             self._scan(scan)
         self._drop_outputs()
@@ -146,6 +167,7 @@ class Reader:
         v_numbers = _numbered([met_v.get(i, i) for i in range(len(v.heads))])
         of_out, out_numbers = (of_v, v_numbers) if seen.recurrent else (of_q, q_numbers)
         self.heads_of_out[number] = {i: out_numbers[h] for i, h in enumerate(of_out) if h >= 0}
+        self.queries[number] = self.place(q.heads[0][0]).name
         split = self._names_of_split(k)
         for head in k.heads[:1] if split is not None else ():
             for element in head:
@@ -157,6 +179,27 @@ class Reader:
             for i, element in enumerate(row(labels).flatten().tolist()):
                 if element >= 0 and i in self.heads_of_out[number]:
                     self._assign(element, part, self.heads_of_out[number][i], 0)
+
+    def _choice(self, seen: Attention) -> None:
+        """Scores that weigh no values: of a pointer, or of an indexer that chooses what to attend to, with many queries to a key."""
+        q, k = _Vectors(seen.q), _Vectors(seen.k)
+        if q.by_channel or k.by_channel or not (q.heads and k.heads):
+            return
+        q_labels, k_labels = seen.q, seen.k
+        if len(k.heads) > len(q.heads):
+            q, k, q_labels, k_labels = k, q, k_labels, q_labels
+        owners = {self.place(element).name for head in (*q.heads, *k.heads) for element in head}
+        met = {
+            (a, b) for ours, theirs in zip(_in_batches(q, q_labels), _in_batches(k, k_labels), strict=True) for a in ours for b in theirs
+        }
+        kv_of = dict(met)
+        if owners & self.tables.keys() or len(kv_of) != len(met):
+            return
+        self._straighten(q, k)
+        self._enter("q", q, _numbered([kv_of.get(i, 0) for i in range(len(q.heads))]), None)
+        self._enter("k", k, list(range(len(k.heads))), None)
+        for name in owners:
+            self.tables[name].chooses = True
 
     def _straighten(self, q: _Vectors, k: _Vectors) -> None:
         """Numbers the dims of q and k in the order of their rows, when one order does so for every head of both.
@@ -250,6 +293,30 @@ class Reader:
             heads = {head for head, _ in places}
             if len(heads) == 1:
                 self._assign(element, part, heads.pop(), min(dim for _, dim in places))
+
+    def outputs(self) -> dict[str, Columns]:
+        """Parameter -> what the lines are that an attention's output is multiplied with."""
+        numbers = sorted(self.heads_of_out, key=lambda number: self.log.attentions[number].out)
+        starts = [self.log.attentions[number].out for number in numbers]
+        found = {}
+        for first, outs in self.log.closing.items():
+            read = [self._output(numbers[bisect.bisect_right(starts, out) - 1], out) if numbers else None for out in outs.tolist()]
+            places = [(head, dim) for number, head, dim in filter(None, read)]
+            queries = {self.queries[number] for number, _, _ in filter(None, read)}
+            if len(places) == len(read) and len(queries) == 1:
+                place = self.place(first)
+                found[place.name] = Columns(queries.pop(), place.summed, places)
+        return found
+
+    def _output(self, number: int, out: int) -> tuple[int, int, int] | None:
+        """(attention, head, dim) of an element of its output."""
+        seen = self.log.attentions[number]
+        if not 0 <= out - seen.out < math.prod(seen.out_shape):
+            return None
+        assert seen.q_of is not None
+        vector, dim = divmod(out - seen.out, seen.out_shape[-1])
+        head = self.heads_of_out[number].get(int(seen.q_of.flatten()[vector]))
+        return None if head is None else (number, head, dim)
 
     def _parts_of(self, element: int) -> Roles:
         place = self.place(element)
@@ -367,6 +434,12 @@ class _Vectors:
         self.head_of = head_of if not self.by_channel else [head_of[i // n * d] for i in range(b * n)]
 
 
+def _in_batches(vectors: _Vectors, labels: torch.Tensor) -> list[set[int]]:
+    """The heads in each batch of an operand [b, n, d]."""
+    n = labels.shape[1]
+    return [{head for head in vectors.head_of[i : i + n] if head >= 0} for i in range(0, len(vectors.head_of), n)]
+
+
 def _numbered(groups: Sequence[int]) -> list[int]:
     """Head numbers of query heads that belong to the kv heads `groups`: kv head by kv head, each in order of appearance."""
     numbers = [0] * len(groups)
@@ -408,4 +481,4 @@ def rotary(table: Table, partners: Mapping[int, Iterable[int]]) -> str | None:
     return f"partial {order}: {end} {count} of {size} dims"
 
 
-__all__ = ["Place", "Reader", "Roles", "Table", "rotary"]
+__all__ = ["Columns", "Place", "Reader", "Roles", "Table", "rotary"]
