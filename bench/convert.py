@@ -1,9 +1,15 @@
-"""Converting a checkpoint against copying it: `cp` and ours with one and two workers, every output synced to the disk.
+"""Converting a checkpoint against copying it: `cp` and ours with one and two workers; `--peers` adds what is done today.
 
-    python bench/convert.py [--layers N] [--rounds N] [--to LAYOUT] [--no-sync]
+    python bench/convert.py [--layers N] [--rounds N] [--to LAYOUT] [--no-sync] [--peers] [--format bin|gguf] [--ranks N]
 
-Input: GPT-NeoX-shaped, bf16, in three shards under .bench/, made on the first run. Every round runs all ways in a new order; a ratio is one
-way's time over that of `cp` in the same round, because absolute times drift. What is printed is the median of the ratios.
+Input: GPT-NeoX-shaped, bf16, in three shards under .bench/, made on the first run (24 layers are 2.8 GB). Every round runs all ways in
+a new order; a ratio is one way's time over that of `cp` in the same round, because absolute times drift. What is printed is the median of
+the ratios. Times are those of the work, without the start of Python. Peers, one process each:
+
+    naive         a script of ten lines: load_file, view, transpose, save_file of each shard (safetensors.torch)
+    transformers  from_pretrained, the same on the parameters, save_pretrained with the same size of shards
+
+`--format` converts the same tensors from torch shards or from one GGUF file; `--ranks N` times `shard` to N ranks and `merge` of them.
 """
 
 from __future__ import annotations
@@ -18,24 +24,82 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 BENCH = HERE / ".bench"
 HIDDEN, HEADS, INNER, WORDS, SHARDS = 2048, 16, 8192, 50432, 3
-CHILD = """
+TIMED = """
 import json, os, sys, time
-import triptych as tt
-source, out, to, workers, sync = sys.argv[1:]
-if sync == "no":
+source, out, *more = sys.argv[1:]
+if more[-1] == "no":
     os.fsync = lambda fd: None
-tt.plan(source, to)
-begin = time.perf_counter()
-tt.convert(source, out, to, workers=int(workers))
-seconds = time.perf_counter() - begin
-print(json.dumps([seconds, int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])]))
+
+def synced(out):
+    if more[-1] != "no":
+        for path in [*(os.path.join(out, name) for name in os.listdir(out)), out]:
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+
+def timed(work):
+    begin = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - begin
+    print(json.dumps([seconds, int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])]))
 """
+CHILDREN = {
+    "triptych": """
+import triptych as tt
+options = {"layouts": {"*qkv*": "h (q|k|v) d"}, "h": HEADS} if source.endswith(".gguf") else {}
+tt.plan(source, more[0], **options)
+timed(lambda: tt.convert(source, out, more[0], workers=int(more[1]), **options))
+""",
+    "shard": """
+import triptych as tt
+tt.inspect(source)
+timed(lambda: tt.shard(source, out, int(more[0])))
+""",
+    "merge": """
+import triptych as tt
+timed(lambda: tt.merge(source, out))
+""",
+    "naive": """
+import shutil
+from safetensors.torch import load_file, save_file
+
+def turned(name, tensor):
+    return tensor.view(HEADS, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape) if "query_key_value" in name else tensor
+
+def work():
+    os.mkdir(out)
+    for name in os.listdir(source):
+        if name.endswith(".safetensors"):
+            save_file({key: turned(key, tensor) for key, tensor in load_file(os.path.join(source, name)).items()}, os.path.join(out, name))
+        else:
+            shutil.copy(os.path.join(source, name), out)
+    synced(out)
+
+timed(work)
+""",
+    "transformers": """
+import torch, transformers
+transformers.utils.logging.disable_progress_bar()
+
+def work():
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "query_key_value" in name:
+                parameter.copy_(parameter.view(HEADS, 3, -1, *parameter.shape[1:]).transpose(0, 1).reshape(parameter.shape))
+    model.save_pretrained(out, max_shard_size="1GB")
+    synced(out)
+
+timed(work)
+""",
+}
 
 
 def tensors(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -83,27 +147,92 @@ def checkpoint(layers: int) -> Path:
             for start in range(0, at, len(noise)):
                 out.write(noise[: min(len(noise), at - start)])
     (folder / "model.safetensors.index.json").write_bytes(index_bytes(weight_map, total, {}))
-    config = {"model_type": "gpt_neox", "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_hidden_layers": layers}
+    config = {
+        "model_type": "gpt_neox",
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": layers,
+        "intermediate_size": INNER,
+        "vocab_size": WORDS,
+        "architectures": ["GPTNeoXForCausalLM"],
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def clear(out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    for file in (out, out.with_name("out.gguf")):
+        file.unlink(missing_ok=True)
 
 
 def copy(source: Path, out: Path, sync: bool) -> tuple[float, float]:
     begin = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(out)], check=True)
     if sync:
-        for path in [*out.iterdir(), out]:
+        for path in [*out.iterdir(), out] if out.is_dir() else [out]:
             fd = os.open(path, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
     return time.perf_counter() - begin, 0
 
 
-def ours(source: Path, out: Path, to: str, workers: int, sync: bool) -> tuple[float, float]:
-    command = [sys.executable, "-c", CHILD, str(source), str(out), to, str(workers), "yes" if sync else "no"]
+def child(kind: str, source: Path, out: Path, sync: bool, *more: str) -> tuple[float, float]:
+    """(seconds, peak resident MB) of the work of one child."""
+    code = TIMED + f"HEADS = {HEADS}\n" + CHILDREN[kind]
+    command = [sys.executable, "-c", code, str(source), str(out), *more, "yes" if sync else "no"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(HERE / "src")})
-    seconds, rss = json.loads(done.stdout)
+    seconds, rss = json.loads(done.stdout.splitlines()[-1])
     return seconds, rss / 1024
+
+
+def other_format(source: Path, kind: str) -> Path:
+    """The same tensors as torch shards with an index, or as one GGUF file; made once."""
+    import gguf
+    import torch
+    from safetensors.torch import load_file
+
+    place = source.with_name(f"{source.name}-{kind}") if kind == "bin" else source.with_name(f"{source.name}.gguf")
+    if place.exists():
+        return place
+    shards = sorted(source.glob("*.safetensors"))
+    if kind == "gguf":
+        out = gguf.GGUFWriter(place, "gptneox")
+        for shard in shards:
+            for name, tensor in load_file(shard).items():
+                data = tensor.view(torch.uint8 if tensor.dim() == 1 else torch.int16).numpy()
+                name = name.replace("attention.query_key_value", "attn_qkv").replace("gpt_neox.layers", "blk")
+                out.add_tensor(name, data.view("u1"), raw_dtype=gguf.GGMLQuantizationType.BF16)
+        for write in (out.write_header_to_file, out.write_kv_data_to_file, out.write_tensors_to_file, out.close):
+            write()
+        return place
+    place.mkdir()
+    shutil.copy(source / "config.json", place)
+    weight_map = {}
+    for shard in shards:
+        tensors, name = load_file(shard), shard.name.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+        torch.save(tensors, place / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    (place / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return place
+
+
+def ways_of(told: argparse.Namespace, source: Path, out: Path, sync: bool) -> dict[str, Callable[[], tuple[float, float]]]:
+    """Name -> what one run of it does."""
+    made: dict[str, Callable[[], tuple[float, float]]] = {"cp": lambda: copy(source, out, sync)}
+    if told.ranks:
+        ranks = out.with_name("ranks")
+        shutil.rmtree(ranks, ignore_errors=True)
+        child("shard", source, ranks, False, str(told.ranks))
+        made[f"shard to {told.ranks}"] = lambda: child("shard", source, out, sync, str(told.ranks))
+        made[f"merge of {told.ranks}"] = lambda: child("merge", ranks, out, sync)
+        return made
+    for workers in (1, 2):
+        target = out.with_name("out.gguf") if told.format == "gguf" else out
+        made[f"triptych, {workers} worker{'s' * (workers > 1)}"] = partial(child, "triptych", source, target, sync, told.to, str(workers))
+    if told.peers and told.format == "safetensors":
+        made |= {kind: partial(child, kind, source, out, sync) for kind in ("naive", "transformers")}
+    return made
 
 
 def settle(size: int) -> None:
@@ -120,26 +249,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--to", default="(q|k|v) h d")
     parser.add_argument("--no-sync", action="store_true")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--format", choices=("safetensors", "bin", "gguf"), default="safetensors")
+    parser.add_argument("--ranks", type=int)
     told = parser.parse_args()
     sys.path.insert(0, str(HERE / "src"))
     source, out, sync = checkpoint(told.layers), BENCH / "out", not told.no_sync
-    size = sum(path.stat().st_size for path in source.iterdir())
-    ways = {
-        "cp": lambda: copy(source, out, sync),
-        "triptych, 1 worker": lambda: ours(source, out, told.to, 1, sync),
-        "triptych, 2 workers": lambda: ours(source, out, told.to, 2, sync),
-    }
+    if told.format != "safetensors":
+        source = other_format(source, told.format)
+    size = sum(path.stat().st_size for path in (source.iterdir() if source.is_dir() else [source]))
+    ways = ways_of(told, source, out, sync)
     times: dict[str, list[float]] = {name: [] for name in ways}
     memory: dict[str, float] = {}
     for number in range(told.rounds + 1):
         for name in random.Random(number).sample(list(ways), len(ways)):
-            shutil.rmtree(out, ignore_errors=True)
+            clear(out)
             settle(size)
             seconds, memory[name] = ways[name]()
             if number:  # the first round warms the page cache
                 times[name].append(seconds)
-    shutil.rmtree(out, ignore_errors=True)
-    print(f"{size / 1e9:.2f} GB, {SHARDS} shards, to {told.to}, {'synced' if sync else 'not synced'}, {told.rounds} rounds")
+    clear(out)
+    shutil.rmtree(BENCH / "ranks", ignore_errors=True)
+    print(f"{size / 1e9:.2f} GB, {told.format}, to {told.to}, {'synced' if sync else 'not synced'}, {told.rounds} rounds")
     print(f"{'':<22}{'seconds':>9}{'GB/s':>8}{'/ cp':>8}{'spread':>16}{'MB':>6}")
     for name, found in times.items():
         ratios = [mine / cp for mine, cp in zip(found, times["cp"], strict=True)]

@@ -97,6 +97,9 @@ def _safetensors() -> Iterable[tuple[str, Callable[[Path], Path], tuple[str, int
     yield "a stamp that is no JSON", file({"__metadata__": {"triptych": "{"}}), bad, "JSON"
     yield "a stamp nested deeply", file({"__metadata__": {"triptych": "[" * 100_000}}), bad, "nested too deeply"
     yield "a stamp that names another tensor", file({"__metadata__": {"triptych": '{"version":1,"layouts":{"x":{}}}'}}), bad, "not there"
+    for what, told in (("more rows", {"axis": 0, "sizes": {"h": 3, "d": 1}}), ("no such axis", {"axis": 1, "sizes": {"h": 2, "d": 1}})):
+        stamp = json.dumps({"version": 1, "layouts": {"a": {"layout": "h (q|k|v) d", **told}}})
+        yield f"a stamp of {what}", file({"__metadata__": {"triptych": stamp}, "a": entry(0, 6)}, bytes(6)), bad, "stamp does not fit"
     yield "a device", linked("a.safetensors", "/dev/zero"), bad, "regular file"
     yield "a pipe", piped("a.safetensors"), bad, "regular file"
     yield "a link to itself", linked("a.safetensors", "a.safetensors"), bad, "no such file"
@@ -150,7 +153,7 @@ def _plan() -> Iterable[tuple[str, Callable[[Path], Path], tuple[str, int], str]
     table = {
         "num_attention_heads": (0, -1, 5, 1 << 63, 1.5, "2", [2], {}, True, 1e308, "9" * 5000, [[]]),
         "hidden_size": (0, -4, 1 << 70, "x", [4], {"a": 4}),
-        "model_type": ([], {}, 1, None, "gpt_neox\0", "../x"),
+        "model_type": ([], {}, 1, None, "gpt_neox\0", "../x", "x" * 100_000),
     }
     for key, values in table.items():
         for value in values:

@@ -51,7 +51,7 @@ def read(kind: str, path: Path) -> dict[str, Any]:
     done = list(did)
     told = str(error)
     return {"error": type(error).__name__ if error else None, "exit": getattr(error, "exit_code", None), "told": told[:2000],
-            "lines": told.count("\n") + 1, "did": done}  # fmt: skip
+            "lines": told.count("\n") + 1, "letters": len(told), "did": done}  # fmt: skip
 
 
 def apart(work: Callable[[], object]) -> tuple[Any, resource.struct_rusage, int]:
@@ -89,7 +89,7 @@ def run(case: Case) -> dict[str, Any]:
         os.chdir("/")
         after = state(Path(name))
     return {"name": case.name, "seconds": used.ru_utime + used.ru_stime, "megabytes": used.ru_maxrss / 1024, "status": status,
-            "changed": before != after, **(result or {"error": "killed", "exit": None, "told": "", "lines": 0, "did": []})}  # fmt: skip
+            "changed": before != after, **(result or {"error": "killed", "exit": None, "told": "", "lines": 0, "letters": 0, "did": []})}  # fmt: skip
 
 
 def warm_up() -> None:

@@ -21,9 +21,8 @@ import transformers
 from gguf import quants
 
 import triptych as tt
-from triptych import rowmap
 from triptych.formats import gguf as our_gguf
-from triptych.formats import header_bytes, torch_zip
+from triptych.formats import torch_zip
 
 CACHE = Path(__file__).parent.parent / ".demo" / "weights"
 ANTIBERTY = (
@@ -68,16 +67,14 @@ def check_antiberty() -> str:
         expected = theirs[tensor.name].numpy()
         assert tensor.shape == expected.shape and whole[tensor.start : tensor.stop].tobytes() == expected.tobytes()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        source, fused, split = (Path(name) / word for word in ("source", "fused", "split"))
+        source.mkdir()
+        (source / path.name).symlink_to(path)
         config = json.loads((path.parent / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
-        ends = np.cumsum([0, *(tensor.size for tensor in found.header.tensors)]).tolist()
-        entries = [(t.name, t.dtype, t.shape, start, start + t.size) for t, start in zip(found.header.tensors, ends[:-1], strict=True)]
-        with (folder / torch_zip.safetensors_name(path.name)).open("wb") as out:
-            out.write(header_bytes(entries, found.header.metadata))
-            for tensor in found.header.tensors:
-                out.write(whole[tensor.start : tensor.stop].tobytes())
-        ours = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+        (source / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+        tt.convert(source, fused, "fused:h (q|k|v) d")
+        tt.convert(fused, split, "split")
+        ours = transformers.BertModel.from_pretrained(split, add_pooling_layer=False).eval()
         model = transformers.BertModel(ours.config, add_pooling_layer=False).eval()
     model.load_state_dict({name.removeprefix("bert."): value for name, value in theirs.items() if name.startswith("bert.")}, strict=False)
     tokens = torch.arange(20).view(2, 10) % ours.config.vocab_size
@@ -90,28 +87,26 @@ def check_smollm2() -> str:
     """Packed q and k rows from interleaved to half-split order as raw bytes, against unpack and permute; and back to the same file."""
     path = fetch(*SMOLLM2)
     found, theirs = our_gguf.read(path), {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    whole = np.memmap(path, np.uint8, "r")
     assert {t.name: (t.start, t.stop, t.dtype) for t in found.header.tensors} == {
         name: (t.data_offset, t.data_offset + t.n_bytes, t.tensor_type.name) for name, t in theirs.items()
     }
-    heads, kv = found.metadata["llama.attention.head_count"], found.metadata["llama.attention.head_count_kv"]
-    assert (heads, kv) == (9, 3)
     kinds: Counter[str] = Counter()
-    for tensor in found.header.tensors:
-        part = {"attn_q": "q h", "attn_k": "k g"}.get(tensor.name.split(".")[-2])
-        if part is None:
-            continue
-        interleaved, half = tt.Layout(f"({part} p c)"), tt.Layout(f"({part} c p)")
-        sizes = tt.bind(interleaved, **{part[-1]: 9 if part == "q h" else 3}, d=64)
-        rows = rowmap.between(interleaved, half, sizes)
-        data = whole[tensor.start : tensor.stop].reshape(tensor.shape[0], -1)
-        moved = data[rows.indices]
-        kind = theirs[tensor.name].tensor_type
-        expected = quants.dequantize(data, kind).reshape(-1, 32, 2, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
-        assert np.array_equal(quants.dequantize(moved, kind), expected) and not np.array_equal(moved, data)
-        assert np.array_equal(moved[rows.invert().indices], data)
-        kinds[tensor.dtype] += 1
-    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) + " moved and moved back"
+    with tempfile.TemporaryDirectory() as folder:
+        half, back = Path(folder) / "half.gguf", Path(folder) / "back.gguf"
+        tt.convert(path, half, rope="half")
+        for tensor in gguf.GGUFReader(half).tensors:
+            old, kind = theirs[tensor.name], tensor.tensor_type
+            expected = quants.dequantize(old.data, kind)
+            if tensor.name.split(".")[-2] in ("attn_q", "attn_k"):
+                expected = expected.reshape(-1, 32, 2, expected.shape[1]).swapaxes(1, 2).reshape(expected.shape)
+                assert not np.array_equal(tensor.data, old.data)
+                kinds[kind.name] += 1
+            assert (tensor.tensor_type, tensor.data_offset) == (old.tensor_type, old.data_offset)
+            assert np.array_equal(quants.dequantize(tensor.data, kind), expected)
+        told = {"blk.*.attn_q.weight": "(q h c p)", "blk.*.attn_k.weight": "(k g c p)", "blk.*.attn_v.weight": "(v g d)"}
+        tt.convert(half, back, rope="interleaved", layouts=told)
+        assert back.read_bytes() == path.read_bytes()
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) + " turned half-split, and back to the same file"
 
 
 if __name__ == "__main__":

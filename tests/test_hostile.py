@@ -27,7 +27,7 @@ from .crafted import entry, gguf_file, info, item, safetensors_file, string, tab
 from .hostile import CASES
 
 ROOT = Path(__file__).parent.parent
-SECONDS, MEGABYTES, LINES = 1.0, 200.0, 6
+SECONDS, MEGABYTES, LINES, LETTERS = 1.0, 200.0, 6, 2000
 GOOD = {
     "a.safetensors": safetensors_file({"a": entry(0, 24, "F32", [2, 3]), "b": entry(24, 27), "__metadata__": {"format": "pt"}}, bytes(27)),
     "a.bin": torch_file(table(a=tensor(), b=tensor((2,), (1,), 4))),
@@ -53,6 +53,7 @@ def wrong(result: dict[str, object]) -> list[str]:
         f"{seconds:.2f} s": seconds < SECONDS,
         f"{megabytes:.0f} MB": megabytes < MEGABYTES,
         f"{result['lines']} lines": int(str(result["lines"])) <= LINES,
+        f"{result['letters']} letters": int(str(result["letters"])) <= LETTERS,
         "characters that a terminal obeys": not re.search(r"[^\n -~\u00a0-\uffff]", told),
         f"it did {result['did']}": not result["did"],
         "the folder is not as it was": not result["changed"],

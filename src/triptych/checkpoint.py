@@ -8,32 +8,47 @@ must agree with the stamp.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import axes, families, formats, packed, stamp
 from .formats import Stored
 from .layout import Layout
 from .packed import Packed
 from .pieces import in_bytes, shown, star
+from .remote_skeleton import skeleton
+
+if TYPE_CHECKING:
+    from .agree import Agreement
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `inspect` returns. `unknown`: tensors that look fused and whose layout nobody knows, with the reason; `notes` are sentences."""
+    """What `inspect` returns.
+
+    `unknown`: tensors that look fused and whose layout nobody knows, with the reason; `notes` are sentences; `agreements`: what the weights
+    say of the layouts, where they were asked.
+    """
 
     stored: Stored
     family: str | None
     projections: tuple[Packed, ...]
     unknown: Mapping[str, str] = field(hash=False)
     notes: tuple[str, ...] = ()
+    agreements: tuple[Agreement, ...] = ()
+    url: str | None = None
+
+    @property
+    def path(self) -> str:
+        """What it is called: a path, or a URL."""
+        return self.url or str(self.stored.path)
 
     def to_dict(self) -> dict[str, Any]:
         stored = self.stored
         return {
             "version": 1,
-            "path": str(stored.path),
+            "path": self.path,
             "family": self.family,
             "files": [file.file for file in stored.files],
             "tensors": len(stored.tensors),
@@ -41,11 +56,12 @@ class Checkpoint:
             "projections": [projection.to_dict() for projection in self.projections],
             "unknown": dict(self.unknown),
             "notes": list(self.notes),
+            "agreements": [one.to_dict() for one in self.agreements],
         }
 
     def __str__(self) -> str:
         stored = self.stored
-        lines = [f"{stored.path}   {self.family or 'no known family'}"]
+        lines = [f"{self.path}   {self.family or 'no known family'}"]
         lines += [f"  {len(stored.files)} file{'s' * (len(stored.files) != 1)}, {len(stored.tensors)} tensors, {in_bytes(stored.size)}"]
         for one, number in _alike((star(p.name), (p.fused, p.layout, p.sizes, p.axis, p.source, p.rope), p) for p in self.projections):
             words = [str(one.layout), one.sizes.of(one.layout)]
@@ -61,6 +77,7 @@ class Checkpoint:
             lines += [f"  {number:>4} x {star(name) if number > 1 else shown(name)}", f"         unknown: {self.unknown[name]}"]
         if not self.projections and not self.unknown:
             lines.append("  no projection known")
+        lines += [f"  weights: {one.sentence}" for one in self.agreements]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -72,18 +89,36 @@ def _alike(items: Iterable[tuple[str, tuple[object, ...], Any]]) -> Iterator[tup
     yield from ((group[0], len(group)) for group in groups.values())
 
 
-def inspect(path: str | Path, *, layouts: Mapping[str, str] | None = None, records: str | Path | None = None, **sizes: int) -> Checkpoint:
+def inspect(
+    path: str | Path,
+    *,
+    layouts: Mapping[str, str] | None = None,
+    records: str | Path | None = None,
+    check_weights: bool = False,
+    **sizes: int,
+) -> Checkpoint:
     """What a checkpoint holds: family, and layout, sizes and rotary order of every projection.
 
     Args:
-        path: a folder (config.json; one file of weights, or an index and its shards) or one file: .safetensors, .bin/.pt/.pth, .gguf.
+        path: a folder (config.json; one file of weights, or an index and its shards) or one file: .safetensors, .bin/.pt/.pth, .gguf;
+            or the URL of a folder or file of safetensors (docs/remote.md).
         layouts: glob of tensor names -> layout, for what no config says; "LAYOUT @ 1" names the packed axis.
         records: a file of family records of your own, asked before ours (docs/add-a-family.md).
+        check_weights: ask the weights too (`detect`); else only headers are read.
         sizes: what neither config nor layout tells (h=12).
-    Raises FormatError (damaged files), LayoutError (a given layout is none or does not fit), PlanError (it contradicts the stamp).
+    Raises FormatError (damaged files), LayoutError (a given layout is none or does not fit), PlanError (it contradicts the stamp, or the
+    weights contradict it).
     """
-    with formats.without_gc():
-        return open_checkpoint(path, layouts or {}, sizes, records=records)
+    with skeleton(path) as here, formats.without_gc():
+        found = open_checkpoint(here.path, layouts or {}, sizes, records=records)
+        here.check_asked((), check_weights)
+    if here.states is not None:
+        found = replace(found, url=here.name, notes=(*found.notes, *here.notes))
+    if check_weights:
+        from .agree import checked  # it reads weights, for which it loads NumPy
+
+        return replace(found, agreements=checked(path, found.projections, found.stored.tensors, check_weights, settle=False))
+    return replace(found, notes=(*found.notes, *packed.doubts(found.projections)))
 
 
 @formats.without_gc()
@@ -97,18 +132,30 @@ def open_checkpoint(
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items() if name not in stamped}
     said = families.declared(formats.read_config(stored), shapes, families.load_records(records) if records else (), sizes)
     record = {name: one for one in said.projections for name in ([one.name] if one.fused else one.parts.values())}
+    notes = list(_other_orders(stored, stamped, records, sizes)) if stamped else []
     told: dict[str, families.Projection | stamp.Stamped] = {**record, **stamped}
     hand = {name: packed.by_hand(layout, axis, stored.tensors[name], sizes, told.get(name)) for name, (layout, axis) in given.items()}
     for name in [name for name in hand if name in stamped]:
         packed.must_agree(name, hand.pop(name), stamped[name])
-    notes: list[str] = []
     found = [*packed.from_stamps(stamped), *packed.from_records(said.projections, hand, notes), *packed.from_hand(hand, record)]
     for one in found:
         packed.check_fit(one, stored.tensors)
     spoken = [*(one.layout for one in found), *more, *(layout for layout, _ in given.values())]
     axes.checked(sizes, [axis for layout in spoken for axis in layout.axes])
     firsts = {one.pieces[0].tensor for one in found}
-    order = {name: i for i, name in enumerate(stored.tensors) if name in firsts}
+    order = {name: i for i, name in enumerate(filter(firsts.__contains__, stored.tensors))}
     found.sort(key=lambda one: order[one.pieces[0].tensor])
     unknown = {name: reason for name, reason in said.unknown.items() if name not in hand}
     return Checkpoint(stored, said.family, tuple(found), unknown, (*stored.notes, *dict.fromkeys(notes)))
+
+
+def _other_orders(
+    stored: Stored, stamped: Mapping[str, stamp.Stamped], records: str | Path | None, sizes: Mapping[str, int]
+) -> Iterator[str]:
+    """A sentence for each kind of stamped tensor whose family record says another order: that of the model's own code."""
+    shapes = {name: stored.tensors[name].shape for name in stamped}
+    said = families.declared(formats.read_config(stored), shapes, families.load_records(records) if records else (), sizes)
+    for one in said.projections:
+        told = stamped[one.name] if one.fused else None
+        if told is not None and not packed.same_rows(told.layout, told.sizes, one.layout, one.sizes):
+            yield f"{star(one.name)} is stamped {told.layout}; its record says {one.layout}, and the code of {said.family} reads it so"

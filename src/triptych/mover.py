@@ -1,11 +1,12 @@
 """Moves the bytes of one step: reads scattered straight into their permuted place of one reused buffer, then few large writes.
 
-Three ways, chosen by the shape of the nests alone and cached, since all layers of a checkpoint share them:
+Four ways, chosen by the shape of the nests alone and cached, since all layers of a checkpoint share them:
 
     whole    one run: read and write window by window
     windows  long runs: a window is contiguous in the output (many reads, one write) or in the source (one read, several writes),
              whichever takes fewer system calls
     tiles    short runs: read a band of both sides' rows, permute it in memory, write it
+    flips    a matrix from [in, out] to [out, in] or back: read a rectangle, transpose it in memory, write it
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError
-from .steps import Nest, Step, starts
+from .steps import Feed, Nest, Step, starts
 
 WINDOW = 1 << 20
 SHORT = 2048
@@ -61,6 +62,18 @@ class Tiles(NamedTuple):
     nests: tuple[tuple[int, Nest], ...]
 
 
+class Flip(NamedTuple):
+    """Transposed rectangles of items that begin at these (output byte, source byte).
+
+    `across`: items that lie side by side in the output, and the bytes from one to the next in the source; `down`: the reverse.
+    """
+
+    item: int
+    across: tuple[int, int]
+    down: tuple[int, int]
+    begins: tuple[tuple[int, int], ...]
+
+
 class Mover:
     """One worker's buffers: about four windows, whatever is moved."""
 
@@ -80,6 +93,12 @@ class Mover:
         tiles = tiling(tuple(feed.nests for feed in step.feeds), tuple(feed.size for feed in step.feeds), step.size)
         if tiles is not None:
             self._tiles(tiles, step, sources, target, base, tick)
+            return
+        flips = [(number, flip(n)) for number, feed in enumerate(step.feeds) for n in feed.nests]
+        if all(found for _, found in flips):
+            for number, found in flips:
+                if found:
+                    self._flip(found, step.feeds[number], sources[number], target, base, tick)
             return
         for shift_out, shift_in, windows in _schedules(tuple(feed.nests for feed in step.feeds)):
             for window in windows:
@@ -120,8 +139,36 @@ class Mover:
             write(target, out, base + first * tiles.width)
             tick(len(out))
 
+    def _flip(self, found: Flip, feed: Feed, source: int, target: int, base: int, tick: Tick) -> None:
+        item, (across, pitch_in), (down, pitch_out) = found.item, found.across, found.down
+        wide = min(across, max(WINDOW // item // down, math.isqrt(WINDOW // item)))
+        tall = min(down, WINDOW // item // wide)
+        for out, into in found.begins:
+            for x in range(0, across, wide):
+                for y in range(0, down, tall):
+                    columns, rows = min(wide, across - x), min(tall, down - y)
+                    size = columns * rows * item
+                    at = feed.start + into + x * pitch_in + y * item
+                    for part, place in _lines(self.scratch[:size], columns, rows * item, at, pitch_in):
+                        read_into(source, [part], place, len(part), feed.file)
+                    old = np.frombuffer(self.scratch[:size], f"u{item}").reshape(columns, rows)
+                    np.copyto(np.frombuffer(self.out[:size], f"u{item}").reshape(rows, columns), old.T)
+                    at = base + out + y * pitch_out + x * item
+                    for part, place in _lines(self.out[:size], rows, columns * item, at, pitch_out):
+                        write(target, part, place)
+                    tick(size)
+
 
 # Reading and writing whole ranges
+
+
+def _lines(part: memoryview, count: int, size: int, at: int, pitch: int) -> Iterator[tuple[memoryview, int]]:
+    """A buffer as `count` lines of `size` bytes that lie `pitch` bytes apart in a file; one piece where they touch."""
+    if size == pitch:
+        yield part, at
+        return
+    for i in range(count):
+        yield part[i * size : (i + 1) * size], at + i * pitch
 
 
 def read_into(fd: int, parts: list[memoryview], at: int, size: int, file: str) -> None:
@@ -174,6 +221,21 @@ def tiling(nests: tuple[tuple[Nest, ...], ...], sizes: tuple[int, ...], size: in
         return None
     inner = tuple((number, n._replace(dims=n.dims[1:]) if banded and count > 1 else n) for number, n in every)
     return Tiles(count, width, widths, step, inner)
+
+
+# Flips
+
+
+@lru_cache(maxsize=256)
+def flip(n: Nest) -> Flip | None:
+    """A nest of single items as transposed rectangles, or None when it is none."""
+    across = next(((k, of) for k, to, of in n.dims if to == n.width != of), None)
+    down = next(((k, to) for k, to, of in n.dims if of == n.width != to), None)
+    if n.width not in (1, 2, 4, 8) or across is None or down is None:
+        return None
+    rest = [dim for dim in n.dims if dim[1] != n.width and dim[2] != n.width]
+    begins = zip(starts(n.out, rest, 1).tolist(), starts(n.into, rest, 2).tolist(), strict=True)
+    return Flip(n.width, across, down, tuple(begins))
 
 
 # Windows

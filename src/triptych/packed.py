@@ -34,7 +34,7 @@ class Packed:
 
     `name` is the fused tensor's name, in the file or by rule; `link` the name it had before the last conversion. `layout` is that of the
     fused tensor, or the one in which joining writes by default. `parts`: part -> tensor, in the file or by rule. `source` says who
-    knows: "by hand", "stamp" or "record ...".
+    knows: "by hand", "stamp" or "record ...". `ambiguous`: layouts in which files of the same model exist too, as its record says.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Packed:
     rope: str | None = None
     kind: str = "attention"
     source: str = BY_HAND
+    ambiguous: tuple[Layout, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         tensors = {piece.tensor: str(piece.layout) for piece in self.pieces}
@@ -68,7 +69,21 @@ def _apart(
 
 
 def check_fit(packed: Packed, tensors: Mapping[str, Tensor]) -> None:
-    """Every tensor of a projection fills its layout, and all have one dtype and, but for the packed axis, one shape."""
+    """Every tensor of a projection fills its layout, and all have one dtype and, but for the packed axis, one shape.
+
+    Raises SizeError, FormatError when it is a stamp that does not fit, PlanError for tensors that differ.
+    """
+    try:
+        _check_fit(packed, tensors)
+    except SizeError as error:
+        if packed.source != BY_STAMP:
+            raise
+        fields = {**error.fields, "try_": "the file was changed after its conversion: restore it, or remove the stamp"}
+        fields.pop("try", None)
+        raise FormatError(f"the stamp does not fit its tensor: {error.what}", **fields) from None
+
+
+def _check_fit(packed: Packed, tensors: Mapping[str, Tensor]) -> None:
     first, axis = tensors[packed.pieces[0].tensor], packed.axis
     for piece in packed.pieces:
         tensor = tensors[piece.tensor]
@@ -90,6 +105,18 @@ def _around(tensor: Tensor, axis: int) -> tuple[tuple[int, ...], tuple[int, ...]
     return tensor.shape[:axis], tensor.shape[axis + 1 :]
 
 
+def doubts(projections: Iterable[Packed]) -> tuple[str, ...]:
+    """A sentence for every kind of tensor whose record is ambiguous."""
+    return tuple(
+        dict.fromkeys(
+            f"files of this model exist as {' or '.join(map(str, (one.layout, *one.ambiguous)))}: for {star(one.name)} only the weights "
+            "(--check-weights) or a person (--layout) can tell"
+            for one in projections
+            if one.ambiguous
+        )
+    )
+
+
 # By record
 
 
@@ -99,7 +126,7 @@ def from_records(projections: Iterable[Projection], hand: Mapping[str, Hand], no
         more = {"rope": said.rope, "kind": said.kind, "source": f"{BY_RECORD} {said.source}"}
         if said.fused:
             if said.name not in hand:
-                yield _fused(said.name, said.layout, said.sizes, said.axis, said.parts.items(), **more)
+                yield _fused(said.name, said.layout, said.sizes, said.axis, said.parts.items(), ambiguous=said.ambiguous, **more)
             else:
                 _note(said.name, hand[said.name], said.layout, said.sizes, notes)
             continue
@@ -238,7 +265,8 @@ def from_hand(hand: Mapping[str, Hand], record: Mapping[str, Projection]) -> Ite
         if len(bases) > 1 or not bases[0]:
             by_rule = {base: name_of_part(name, base) for base in bases if base}
             parts = rule.parts if rule and set(rule.parts) >= set(bases) else by_rule
-            yield _fused(name, told.layout, told.sizes, told.axis, parts.items())
+            more = {"rope": rule.rope, "kind": rule.kind} if rule else {}
+            yield _fused(name, told.layout, told.sizes, told.axis, parts.items(), **more)
             continue
         begin, suffix = stem(name)
         group = groups.setdefault((begin.rpartition(".")[0], suffix), {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -12,24 +11,34 @@ from . import axes
 from .errors import printable
 from .layout import Branch, Factor, Layout, Sum
 
-SPLIT, FUSED = "split", "fused"
+SPLIT, FUSED, KEEP = "split", "fused", "keep"
+ORIENTATIONS = ("linear", "conv1d")
+"""How a weight is stored: [out, in] as in nn.Linear, [in, out] as in transformers' Conv1D."""
 SUFFIXES = (".weight", ".bias", "_weight", "_bias")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to turn projections into: `layout` for fused ones, or one tensor per part (`split`), or join those that are apart (`join`)."""
+    """What to turn projections into: `layout` for fused ones, or one tensor per part (`split`), or join those that are apart (`join`).
 
-    layout: Layout | None
+    With none of the three they keep their tensors. `rope`: the rotary order of the result; `axis`: where a weight packs its rows, 0 for
+    [out, in] and 1 for [in, out]. None leaves them as they are.
+    """
+
+    layout: Layout | None = None
     split: bool = False
     join: bool = False
+    rope: str | None = None
+    axis: int | None = None
 
     def __str__(self) -> str:
-        return SPLIT if self.split else (FUSED if self.join else "") + (":" if self.join and self.layout else "") + str(self.layout or "")
+        text = SPLIT if self.split else (FUSED if self.join else "") + (":" if self.join and self.layout else "") + str(self.layout or "")
+        words = [text or KEEP, f"rotary {self.rope}" if self.rope else "", "" if self.axis is None else ORIENTATIONS[self.axis]]
+        return ", ".join(word for word in words if word)
 
 
 def target_of(text: str | Layout) -> Target:
-    """LAYOUT, `split`, `fused` or `fused:LAYOUT`.
+    """LAYOUT, `split`, `fused`, `fused:LAYOUT` or `keep`.
 
     >>> print(target_of("fused:h (q|k|v)  d"))
     fused:h (q|k|v) d
@@ -37,8 +46,8 @@ def target_of(text: str | Layout) -> Target:
     if isinstance(text, Layout):
         return Target(text)
     word, colon, rest = text.partition(":")
-    if word.strip() == SPLIT and not colon:
-        return Target(None, split=True)
+    if not colon and word.strip() in (SPLIT, KEEP):
+        return Target(split=word.strip() == SPLIT)
     if word.strip() == FUSED:
         return Target(Layout(rest) if colon else None, join=True)
     return Target(Layout(text))
@@ -75,10 +84,8 @@ def _only(factors: tuple[Factor, ...], part: str) -> str | None:
             continue
         kept = [str(replace(branch, names=(part,))) for branch in factor.branches if part in branch.names]
         kept += [f"_ {inner}" for branch in factor.branches if not branch.names and (inner := _only(branch.factors, part))]
-        if not kept:
-            return None
-        out.append(f"({'|'.join(kept)})")
-        found = True
+        out.append(f"({'|'.join(kept)})" if kept else str(factor))
+        found = bool(kept)
     return " ".join(out) if found else None
 
 
@@ -136,7 +143,7 @@ def shown(name: str) -> str:
 
 def star(name: str) -> str:
     """A tensor's name with its numbers left out, for printing many as one."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", shown(name))
+    return ".".join(["*" if word.isdecimal() else word for word in shown(name).split(".")])
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:

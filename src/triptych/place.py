@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from .errors import FormatError, PlanError
 from .formats import Stored
@@ -16,9 +17,8 @@ MARKER = ".triptych-unfinished.json"
 
 def check_place(stored: Stored, out: Path) -> None:
     """That the output may be written there. Raises PlanError: it exists, is inside the input, lies in no folder, is of the wrong kind."""
+    check_whole(stored)
     source, place = stored.path.resolve(), out.resolve()
-    if any(other.name == MARKER for other in stored.others):
-        raise FormatError("the input is an unfinished conversion", file=str(stored.path), try_="run that conversion again first")
     if place == source or (stored.is_folder and source in place.parents):
         raise PlanError(
             "the output lies inside the input", where=str(out), found=f"the input is {stored.path}", try_="choose a place beside it"
@@ -27,11 +27,22 @@ def check_place(stored: Stored, out: Path) -> None:
         raise PlanError("the output exists", where=str(out), try_="choose another place, or remove it")
     if not place.parent.is_dir():
         raise PlanError("the output has no folder to lie in", where=str(out), expected=f"a folder {out.parent}")
+    check_kind(stored, str(out))
+
+
+def check_whole(stored: Stored) -> None:
+    """That the input is no output that was left half-way."""
+    if any(other.name == MARKER for other in stored.others):
+        raise FormatError("the input is an unfinished conversion", file=str(stored.path), try_="run that conversion again first")
+
+
+def check_kind(stored: Stored, out: str) -> None:
+    """That a file becomes a file, and a folder a folder."""
     suffix = ".gguf" if stored.path.name.endswith(".gguf") else ".safetensors"
-    if not stored.is_folder and not out.name.endswith(suffix):
-        raise PlanError("a file becomes a file", where=str(out), expected=f"a name that ends in {suffix}")
-    if stored.is_folder and out.name.endswith((".safetensors", ".gguf")):
-        raise PlanError("a folder becomes a folder", where=str(out), expected=f"a name that does not end in {out.suffix}")
+    if not stored.is_folder and not out.endswith(suffix):
+        raise PlanError("a file becomes a file", where=out, expected=f"a name that ends in {suffix}")
+    if stored.is_folder and (found := next((end for end in (".safetensors", ".gguf") if out.endswith(end)), None)):
+        raise PlanError("a folder becomes a folder", where=out, expected=f"a name that does not end in {found}")
 
 
 def _may_continue(stored: Stored, out: Path) -> bool:
@@ -47,3 +58,16 @@ def check_room(made: Plan, out: Path) -> None:
         raise PlanError(
             "there is not enough room for the output", where=str(out), expected=in_bytes(made.size), found=f"{in_bytes(free)} free"
         )
+
+
+def marked(made: Plan) -> dict[str, Any]:
+    """What the marker says of a plan and its input."""
+    return {"version": 1, "plan": made.digest, "sources": [list(source) for source in (*made.sources, *made.copies)]}
+
+
+def check_begun(made: Plan, found: dict[str, Any]) -> None:
+    """That a marker is that of this plan on this input. Raises PlanError."""
+    if found != marked(made):
+        ours = found.get("plan") == made.digest
+        what = "the input has changed since the conversion began" if ours else "another conversion is unfinished here"
+        raise PlanError(what, where=made.out, expected=made.digest, found=found.get("plan"), try_="finish that one, or remove the output")

@@ -87,3 +87,20 @@ def _nest(block: Block, outer: int, inner: int, rows_out: int, rows_in: int) -> 
     if small.width == rows_out * inner == rows_in * inner:
         return Nest(0, 0, outer * small.width)
     return small._replace(dims=((outer, rows_out * inner, rows_in * inner), *small.dims))
+
+
+def in_turned_nests(blocks: tuple[Block, ...], wide: int, item: int, rows_out: int, rows_in: int, axis: int) -> tuple[Nest, ...]:
+    """Blocks of rows of `wide` items, `item` bytes each, of a matrix packed along its other axis; the output is packed along `axis`."""
+    if not wide * item:
+        return ()
+    if axis == 0:  # rows of the output are columns of the source
+        return tuple(
+            nest(b.out * wide * item, b.into * item, item,
+                 [*((n, out * wide * item, into * item) for n, out, into in b.dims), (wide, item, rows_in * item)])
+            for b in blocks
+        )  # fmt: skip
+    return tuple(
+        nest(b.out * item, b.into * wide * item, item,
+             [(wide, rows_out * item, item), *((n, out * item, into * wide * item) for n, out, into in b.dims)])
+        for b in blocks
+    )  # fmt: skip

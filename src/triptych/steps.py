@@ -23,6 +23,10 @@ from .stamp import KEY, Stamped, encode
 
 VERSION = 1
 MAX_MARKS = 1 << 22
+MAX_SHOWN = 40
+"""Lines that the text of a plan gives to one thing; its JSON has all."""
+MEMORY, A_WORKER = 64, 8
+"""Megabytes that a run may take, whatever the checkpoint; the plan of very many tensors comes on top (1 kB each)."""
 
 
 class Nest(NamedTuple):
@@ -105,11 +109,16 @@ class OutFile:
 
 
 class Source(NamedTuple):
-    """A file that the plan reads, as it was when the plan was made."""
+    """A file that the plan reads, as it was when the plan was made; one that is copied may get another name, `to`."""
 
     name: str
     size: int
     changed: int
+    to: str = ""
+
+    @property
+    def target(self) -> str:
+        return self.to or self.name
 
 
 class Change(NamedTuple):
@@ -128,7 +137,7 @@ class Plan:
     """All that a conversion does.
 
     `copies`: files carried over whole. `drops`: rows that a layout declares zero, checked to be zero and left out. `shared`: source tensors
-    with rows that several parts have in common.
+    with rows that several parts have in common. `texts`: small files of the plan's own, by name.
     """
 
     path: str
@@ -143,6 +152,7 @@ class Plan:
     index: tuple[str, bytes] | None
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
+    texts: tuple[tuple[str, bytes], ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -165,7 +175,12 @@ class Plan:
     def size(self) -> int:
         """Bytes that will be written."""
         written = sum(file.data_size + len(self.headers[file.name]) for file in self.files)
-        return written + sum(copy.size for copy in self.copies) + (len(self.index[1]) if self.index else 0)
+        return written + sum(copy.size for copy in self.copies) + sum(len(text) for _, text in self.last)
+
+    @property
+    def last(self) -> tuple[tuple[str, bytes], ...]:
+        """Small files that are written when all others are there: texts, then the index."""
+        return (*self.texts, *([self.index] if self.index else []))
 
     @property
     def unchanged(self) -> tuple[str, ...]:
@@ -190,9 +205,10 @@ class Plan:
         return {
             "target": self.target,
             "sources": [[source.name, source.size] for source in self.sources],
-            "copies": [[copy.name, copy.size] for copy in self.copies],
+            "copies": [[copy.name, copy.size, *filter(None, [copy.to])] for copy in self.copies],
             "drops": [feed._asdict() for feed in self.drops],
             "index": {"name": self.index[0], "sha256": _sha256(self.index[1])} if self.index else None,
+            **({"texts": [[name, _sha256(text)] for name, text in self.texts]} if self.texts else {}),
         }
 
     def __str__(self) -> str:
@@ -206,12 +222,29 @@ class Plan:
             for word, side in (("from", first.before), ("to", first.after)):
                 lines += [f"         {word if not i else '':<4} {show(name)}   {layout}" for i, (name, layout) in enumerate(side)]
         lines.append(f"  {len(self.unchanged)} tensors carried over unchanged")
+        lines += self._kept()
         if self.copies:
             lines.append(f"  {len(self.copies)} other files copied: {listed((copy.name for copy in self.copies), 6)}")
-        written = [file.name for file in self.files] + ([self.index[0]] if self.index else [])
-        lines.append(f"  {in_bytes(self.size)} in all, weights in {listed(written)}")
+        lines += [f"  file  {file.name}   {len(file.steps)} tensors, {in_bytes(file.data_size)}" for file in self.files[:MAX_SHOWN]]
+        if len(self.files) > MAX_SHOWN:
+            lines.append(f"  and {len(self.files) - MAX_SHOWN} files more (--json lists all)")
+        lines += [f"  file  {name}" for name, _ in self.last]
+        lines.append(f"  {in_bytes(self.size)} to write: as much room is needed; memory {MEMORY} MB, and {A_WORKER} MB a worker")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join([*lines, f"  plan {self.digest}"])
+
+    def _kept(self) -> list[str]:
+        """Tensors that are carried over, those of one kind on one line."""
+        moved = {name for change in self.changes for name, _ in change.after}
+        kinds: dict[tuple[str, str, tuple[int, ...]], list[Step]] = {}
+        for file in self.files:
+            for step in file.steps:
+                if step.tensor not in moved:
+                    kinds.setdefault((star(step.tensor), step.dtype, step.shape), []).append(step)
+        return [
+            f"  {len(steps):>4} x {in_bytes(steps[0].size)}   {name if len(steps) > 1 else shown(steps[0].tensor)}   {dtype} {shape}"
+            for (name, dtype, shape), steps in kinds.items()
+        ][:MAX_SHOWN]
 
 
 def _starred(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -234,7 +267,7 @@ def _sha256(data: bytes) -> str:
 
 def check(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """That every byte of every output is written once, and every byte of every source tensor used once or declared otherwise."""
-    names = [file.name for file in plan.files] + [copy.name for copy in plan.copies] + ([plan.index[0]] if plan.index else [])
+    names = [file.name for file in plan.files] + [copy.target for copy in plan.copies] + [name for name, _ in plan.last]
     folded = [name.casefold() for name in names]
     if len(set(folded)) != len(folded):
         raise PlanError("two outputs have one name", found=next(name for name in names if folded.count(name.casefold()) > 1))
@@ -257,14 +290,14 @@ def check(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
             at += step.size
             alone = len(step.feeds) == 1 and not step.zeros
             nests = step.feeds[0].nests if alone else (*(nest for feed in step.feeds for nest in feed.nests), *step.zeros)
-            if not covers(nests, step.size):
+            if nests != ((0, 0, step.size, ()),) and not covers(nests, step.size):
                 raise PlanError("an output tensor is not filled byte by byte", tensor=step.tensor)
             for feed in step.feeds:
                 used[feed.tensor] += feed.nests
     for feed in plan.drops:
         used[feed.tensor] += feed.nests
     for name, nests in used.items():
-        size = tensors[name].size
+        size = tensors[name].stop - tensors[name].start
         if nests == ((0, 0, size, ()),):
             continue  # whole, as most are
         turned = (Nest(n.into, n.into, n.width, tuple((k, of, of) for k, _, of in n.dims)) for n in nests)
@@ -280,7 +313,7 @@ def covers(nests: tuple[Nest, ...], size: int, often: bool = False) -> bool:
     """
     if nests == ((0, 0, size, ()),) or (not nests and size == 0):
         return True
-    one_sided = (Nest(n.out, 0, n.width, tuple(sorted(((k, to, 0) for k, to, _ in n.dims), key=lambda dim: -dim[1]))) for n in nests)
+    one_sided = (nest(n.out, 0, n.width, sorted(((k, to, to) for k, to, _ in n.dims), key=lambda dim: -dim[1])) for n in nests)
     return _covers(tuple(sorted(one_sided)), size, often)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Iterator, Mapping
@@ -50,7 +51,7 @@ class Stored:
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.size for tensor in self.tensors.values())
+        return sum([tensor.stop - tensor.start for tensor in self.tensors.values()])
 
 
 def read(path: str | Path) -> Stored:
@@ -63,6 +64,8 @@ def read(path: str | Path) -> Stored:
         if path.name.endswith(".json"):
             raise FormatError("an index is not a checkpoint", file=str(path), try_=f"give its folder: {path.parent}")
         index, names, root = None, (path.name,), path.parent
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise FormatError("a URL is not read here", file=str(path), expected="a path", try_="inspect, plan and convert read URLs")
     else:
         raise FormatError("no such file or folder", file=str(path))
     weight_map, metadata = _read_index(root / index) if index else ({}, {})
@@ -82,7 +85,10 @@ def _read_file(path: Path) -> tuple[Header, tuple[str, ...]]:
 
 
 def read_config(stored: Stored) -> dict[str, Any] | None:
-    """The config.json beside the weights, or None. Raises FormatError when it is there and is no table."""
+    """The config.json beside the weights, or what the head of a GGUF file says, or None. Raises FormatError when it is no table."""
+    head = next((file for file in stored.files if file.head), None)
+    if head is not None:
+        return gguf.config_of(gguf.read(stored.root / head.file))
     return read_json(stored.root / "config.json") if (stored.root / "config.json").exists() else None
 
 
@@ -101,8 +107,10 @@ def index_bytes(weight_map: Mapping[str, str], total_size: int, metadata: Mappin
     """An index file; `metadata` is carried over but for the total size."""
     metadata = {**metadata, "total_size": total_size}
     head = json.dumps({"metadata": metadata, "weight_map": {}}, indent=2, ensure_ascii=False).removesuffix("{}\n}")
-    lines = json.dumps(dict(sorted(weight_map.items())), separators=(",\n    ", ": "), ensure_ascii=False)  # json indents slowly
-    return f"{head}{{\n    {lines[1:-1]}\n  }}\n}}\n".encode()
+    pairs = sorted(weight_map.items())
+    some = (dict(pairs[at : at + 4096]) for at in range(0, len(pairs), 4096))  # all at once would be many times as long as the file
+    lines = [json.dumps(table, separators=(",\n    ", ": "), ensure_ascii=False)[1:-1].encode() for table in some]  # json indents slowly
+    return b"".join([head.encode(), b"{\n    ", b",\n    ".join(lines), b"\n  }\n}\n"])
 
 
 def _weights(folder: Path) -> tuple[str | None, tuple[str, ...]]:
@@ -159,7 +167,7 @@ def _join(files: tuple[Header, ...], weight_map: Mapping[str, str] | None, index
         for tensor in (tensor for file in files for tensor in file.tensors):
             if tensors[tensor.name] is not tensor:
                 raise FormatError("a tensor lies in two files", tensor=tensor.name, found=f"{tensor.file} and {tensors[tensor.name].file}")
-    if weight_map is not None and {name: tensor.file for name, tensor in tensors.items()} != weight_map:
+    if weight_map is not None and not (len(weight_map) == len(tensors) and all(_lists(weight_map, file) for file in files)):
         for name, where in weight_map.items():
             if name not in tensors or tensors[name].file != where:
                 found = f"it lies in {tensors[name].file}" if name in tensors else "no such tensor in any shard"
@@ -174,6 +182,11 @@ def _join(files: tuple[Header, ...], weight_map: Mapping[str, str] | None, index
                     found="none",
                 )
     return tensors
+
+
+def _lists(weight_map: Mapping[str, str], file: Header) -> bool:
+    """Whether an index says of every tensor of a file that it lies there."""
+    return {weight_map.get(tensor.name) for tensor in file.tensors} <= {file.file}
 
 
 def _others(root: Path, taken: set[str | None]) -> Iterator[Other]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import FormatError, PlanError
 from . import safetensors
@@ -78,6 +78,18 @@ class GgufFile:
         ends = [self.data, *(tensor.stop for tensor in self.header.tensors)]
         starts = [*(tensor.start for tensor in self.header.tensors), self.header.size]
         return tuple((end, start) for end, start in zip(ends, starts, strict=True) if end < start)
+
+
+def config_of(file: GgufFile) -> dict[str, Any]:
+    """The metadata as a config: `model_type` "gguf", and the keys of the architecture without its name and without `attention.`.
+
+    `llama.attention.head_count_kv` becomes `head_count_kv`.
+    """
+    architecture = file.metadata.get("general.architecture", "")
+    begin = f"{architecture}."
+    mine = {key.removeprefix(begin): value for key, value in file.metadata.items() if key.startswith(begin)}
+    table = {key.removeprefix("attention."): list(value) if isinstance(value, tuple) else value for key, value in mine.items()}
+    return {**table, "model_type": "gguf", "architecture": architecture}
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int | None:

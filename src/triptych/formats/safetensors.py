@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain, repeat
 from operator import attrgetter, itemgetter, sub
 from pathlib import Path
@@ -148,7 +149,10 @@ def parse_json(raw: bytes, file: str) -> dict[str, Any]:
     """A JSON object out of a file of unknown origin; no key twice, no NaN, every text encodable. Raises FormatError."""
     _check_amount(raw, file)
     try:
-        table = json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+        text = raw.decode("utf-8")
+        table = json.loads(text, parse_constant=_no_constant)
+        if _texts(table) != _quoted(raw):  # a key stands twice: the slow way says which
+            table = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise FormatError("the JSON is nested too deeply", file=file) from None
     except ValueError as error:
@@ -160,6 +164,8 @@ def parse_json(raw: bytes, file: str) -> dict[str, Any]:
 
 def _check_amount(raw: bytes, file: str) -> None:
     """That a text does not take gigabytes when it is parsed. Raises FormatError."""
+    if len(raw) <= MAX_LISTS:
+        return
     lists = raw.count(b"[") + raw.count(b"{")
     if lists > MAX_LISTS or raw.count(b",") > MAX_COMMAS:
         raise FormatError("the JSON holds too much", file=file, expected=f"at most {MAX_LISTS} lists and tables", found=lists)
@@ -222,9 +228,7 @@ def _quick(raw: bytes, file: str, size: int) -> tuple[list[Tensor], dict[str, st
         numbers = set(map(type, chain(starts, stops, chain.from_iterable(lists))))
         if numbers != {int} or set(map(type, lists)) != {list} or set(map(len, table.values())) != {3}:
             return None
-        kinds = list(zip(dtypes, map(tuple, lists), strict=True))
-        known = {kind: (_size(*kind), kind[1]) for kind in set(kinds)}
-        sizes, shapes = zip(*map(known.__getitem__, kinds), strict=True)
+        sizes, dtypes, shapes = zip(*map(_kind, dtypes, map(tuple, lists)), strict=True)
         if sizes != tuple(map(sub, stops, starts)):
             return None
     except (TypeError, KeyError, AttributeError, ValueError, RecursionError, FormatError):
@@ -234,15 +238,33 @@ def _quick(raw: bytes, file: str, size: int) -> tuple[list[Tensor], dict[str, st
     tensors: list[Tensor] = list(map(tuple.__new__, repeat(Tensor), columns))
     if starts[1:] != stops[:-1]:
         tensors.sort(key=_place)
-    edges = [*map(attrgetter("start"), tensors), size], [base, *map(attrgetter("stop"), tensors)]
-    return (tensors, metadata) if edges[0] == edges[1] else None
+        starts, stops = zip(*sorted(zip(starts, stops, strict=True)), strict=True)
+    whole = (starts[0], stops[-1]) == (0, size - base) and starts[1:] == stops[:-1]
+    return (tensors, metadata) if whole else None
 
 
-def _size(dtype: str, shape: tuple[int, ...]) -> int | None:
-    """Bytes of a tensor. Raises ValueError for a shape that none may have, KeyError for an unknown dtype."""
+@lru_cache(maxsize=4096)
+def _kind(dtype: str, shape: tuple[int, ...]) -> tuple[int | None, str, tuple[int, ...]]:
+    """Bytes, dtype and shape of a tensor, one value for all alike. Raises ValueError for a shape that none may have, or KeyError."""
     if len(shape) > MAX_DIMS or (shape and not 0 <= min(shape) <= max(shape) < MAX_SIZE):
         raise ValueError
-    return nbytes(dtype, shape)
+    return nbytes(dtype, shape), dtype, shape
+
+
+def _texts(value: object) -> int:
+    """Texts in a parsed JSON value, keys and values: as many as `_quoted` counts in its text when no key stands twice."""
+    found = 0
+    open_: list[Any] = [[value]]
+    while open_:
+        table = open_.pop()
+        values = table
+        if type(table) is dict:
+            found, values = found + len(table), table.values()
+        kinds = list(map(type, values))
+        found += kinds.count(str)
+        if dict in kinds or list in kinds:
+            open_ += [value for value in values if type(value) in (dict, list)]
+    return found
 
 
 def _quoted(raw: bytes) -> int:

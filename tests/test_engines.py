@@ -1,0 +1,146 @@
+"""One plan, several engines: threads, shares of a job array, a Ray cluster of worker processes. The bytes are the same."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import triptych as tt
+from triptych.place import MARKER
+from triptych.progress import Lines
+
+from . import files
+from .test_convert import NEOX, neox
+
+TO = "(q|k|v) h d"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    files.checkpoint(tmp_path / "a", neox(5), NEOX)
+    (tmp_path / "a" / "more").mkdir()
+    (tmp_path / "a" / "more" / "words.txt").write_text("words")
+    return tmp_path / "a"
+
+
+def test_shares_then_finish(source: Path, tmp_path: Path) -> None:
+    tt.convert(source, tmp_path / "b", TO)
+    done = [tt.convert(source, tmp_path / "c", TO, share=(i, 3)) for i in (2, 3, 1)]
+    assert sorted(name for one in done for name in one.files) == sorted(
+        set(files.snapshot(tmp_path / "b")) - {"model.safetensors.index.json"}
+    )
+    assert (tmp_path / "c" / MARKER).exists() and not (tmp_path / "c" / "model.safetensors.index.json").exists()
+    again = tt.convert(source, tmp_path / "c", TO, share=(2, 3))
+    assert set(again.kept) == set(again.files) == set(done[0].files)
+    tt.convert(source, tmp_path / "c", TO, finish=True)
+    assert files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "b")
+
+
+def test_shares_at_once(source: Path, tmp_path: Path) -> None:
+    tt.convert(source, tmp_path / "b", TO)
+    command = [sys.executable, "-m", "triptych.cli", "convert", str(source), str(tmp_path / "c"), "--to", TO]
+    runs = [subprocess.Popen([*command, "--share", f"{i}/4"], stdout=subprocess.PIPE, text=True) for i in range(1, 5)]
+    for i, run in enumerate(runs):
+        assert f"share {i + 1} of 4" in run.communicate()[0] and run.returncode == 0
+    assert subprocess.run([*command, "--finish"], capture_output=True).returncode == 0
+    assert files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "b")
+
+
+def test_a_share_that_is_missing(source: Path, tmp_path: Path) -> None:
+    tt.convert(source, tmp_path / "c", TO, share=(1, 2))
+    before = files.snapshot(tmp_path / "c")
+    with pytest.raises(tt.PlanError, match="shares are missing"):
+        tt.convert(source, tmp_path / "c", TO, finish=True)
+    assert files.snapshot(tmp_path / "c") == before
+    with pytest.raises(tt.PlanError, match="another conversion is unfinished"):
+        tt.convert(source, tmp_path / "c", "split", share=(2, 2))
+    for share in ((0, 2), (3, 2)):
+        with pytest.raises(tt.PlanError, match="no such share"):
+            tt.convert(source, tmp_path / "d", TO, share=share)
+    with pytest.raises(tt.PlanError, match="single file"):
+        tt.convert(
+            next(source.glob("*.safetensors")), tmp_path / "d.safetensors", TO, share=(1, 2), layouts={"*query_key_value*": "h (q|k|v) d"}
+        )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> object:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+def test_on_ray(source: Path, tmp_path: Path, cluster: object) -> None:
+    from triptych.run_ray import on_ray
+
+    tt.convert(source, tmp_path / "b", TO)
+    seen: list[int] = []
+    done = tt.convert(source, tmp_path / "c", TO, engine=on_ray(), progress=seen.append)
+    assert files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "b") and tt.verify(source, tmp_path / "c").projections == len(
+        done.plan.changes
+    )
+    assert sum(seen) >= sum(file.data_size for file in done.plan.files)
+    (tmp_path / "d").mkdir()
+    with pytest.raises(tt.FormatError, match="a source file was changed"):
+        tt.convert(source, tmp_path / "d", TO, engine=lambda tasks, tick: (os.utime(source / "config.json"), on_ray()(tasks, tick))[1])
+    assert not any((tmp_path / "d").iterdir())
+
+
+def test_a_killed_ray_worker(source: Path, tmp_path: Path, cluster: object) -> None:
+    """Workers are killed while they write; their files are begun again elsewhere."""
+    from triptych.run_ray import on_ray
+
+    for i in range(4):
+        (source / f"large-{i}.data").write_bytes(os.urandom(40_000_000))
+    killed: list[int] = []
+    over = threading.Event()
+
+    def hunt() -> None:
+        while not over.is_set() and len(killed) < 2:
+            for part in (tmp_path / "c").glob(".*.triptych-part"):
+                for process in psutil.process_iter():
+                    with contextlib.suppress(psutil.Error):
+                        if (
+                            "ray::" in process.name()
+                            and process.pid not in killed
+                            and str(part) in {file.path for file in process.open_files()}
+                        ):
+                            process.kill()
+                            killed.append(process.pid)
+            time.sleep(0.002)
+
+    hunter = threading.Thread(target=hunt)
+    hunter.start()
+    try:
+        tt.convert(source, tmp_path / "c", TO, engine=on_ray())
+    finally:
+        over.set()
+        hunter.join()
+    tt.convert(source, tmp_path / "b", TO)
+    assert killed and files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "b")
+
+
+def test_progress_lines() -> None:
+    out = io.StringIO()
+    lines = Lines(1000, True, out)
+    for size in (300, 700):
+        lines.tick(size)
+    lines.show()
+    told = json.loads(out.getvalue())
+    assert (told["done"], told["total"], told["remaining"]) == (1000, 1000, 0.0)
+    out = io.StringIO()
+    plain = Lines(4_000_000, False, out)
+    plain.tick(1_000_000)
+    plain.show()
+    assert out.getvalue().startswith("1 MB of 4 MB (25 %)   ") and out.getvalue().rstrip().endswith(" s left")
