@@ -153,13 +153,7 @@ class RowMap:
     @cached_property
     def runs(self) -> Rows:
         """[n, 3] (result row, source row, length) of the longest runs, by result row; source ZERO fills with zeros."""
-        index = self.indices
-        if not len(index):
-            return np.empty((0, 3), np.int64)
-        together = np.where(index[1:] == ZERO, index[:-1] == ZERO, (index[1:] == index[:-1] + 1) & (index[:-1] != ZERO))
-        starts = np.flatnonzero(np.concatenate([[True], ~together]))
-        lengths = np.diff(np.append(starts, len(index)))
-        return np.stack([starts, index[starts], lengths], axis=1)
+        return _runs(self.indices)
 
     @property
     def is_identity(self) -> bool:
@@ -208,16 +202,20 @@ def from_indices(indices: Sequence[int] | Rows, rows_in: int) -> RowMap:
             expected=f"0 to {rows_in - 1}",
             found=f"{index.min()} to {index.max()}" if index.size else "none",
         )
-    runs: list[Nest] = [
-        (int(o), int(i), (Dim(int(n), 1, 1),)) for o, i, n in RowMap(len(index), rows_in, _raw_runs(index)).runs if i != ZERO
-    ]
+    runs: list[Nest] = [(int(o), int(i), (Dim(int(n), 1, 1),)) for o, i, n in _runs(index) if i != ZERO]
     while len(nested := _nest(runs)) < len(runs):
         runs = nested
     return RowMap(len(index), rows_in, tuple(Block(o, i, _coalesce(dims)) for o, i, dims in runs))
 
 
-def _raw_runs(index: Rows) -> tuple[Block, ...]:
-    return tuple(Block(out, into, ()) for out, into in enumerate(index.tolist()) if into != ZERO)
+def _runs(index: Rows) -> Rows:
+    """[n, 3] (result row, source row, length): the longest runs of an index list."""
+    if not len(index):
+        return np.empty((0, 3), np.int64)
+    together = np.where(index[1:] == ZERO, index[:-1] == ZERO, (index[1:] == index[:-1] + 1) & (index[:-1] != ZERO))
+    starts = np.flatnonzero(np.concatenate([[True], ~together]))
+    lengths = np.diff(np.append(starts, len(index)))
+    return np.stack([starts, index[starts], lengths], axis=1)
 
 
 def _nest(runs: list[Nest]) -> list[Nest]:

@@ -260,6 +260,43 @@ class _Reader:
         return self.root.single and self.root.shape is not None and all(plain)
 
 
+@dataclass(frozen=True, slots=True)
+class Weave:
+    """Tensors of some layouts -> one tensor of another, all decisions taken: reshapes, permutations and joins only. `weave` makes it.
+
+    For code that runs at every step of a model: nothing is looked up, torch.compile can follow it, gradients flow through.
+    """
+
+    sources: tuple[_Node, ...]
+    order: tuple[int, ...]  # for every leaf of the target, its leaf among those of all sources
+    target: _Node
+
+    def __call__(self, tensors: Sequence[Tensor], axis: int = -1) -> Tensor:
+        """[..., rows] of every source -> [..., rows] of the target; a view when one leaf alone allows it."""
+        axis = axis % tensors[0].ndim
+        views: list[Tensor] = []
+        for tensor, node in zip(tensors, self.sources, strict=True):
+            _open(tensor, axis, node, views)
+        batch = (*tensors[0].shape[:axis], *tensors[0].shape[axis + 1 :])
+        return _close(iter([views[i] for i in self.order]), axis, self.target, batch, tensors[0], view=True)
+
+
+@lru_cache(maxsize=1024)
+def weave(sources: tuple[Layout, ...], target: Layout, sizes: Sizes) -> Weave:
+    """How tensors laid out as `sources` become one laid out as `target`, which may want only some of their parts.
+
+    No part may have two roles (k=v) or be declared zero (k=0).
+
+    >>> join = weave((Layout("(q h d)"), Layout("(k h d)")), Layout("h (q|k) d"), bind("h (q|k) d", h=2, d=1))
+    >>> join([np.array([0, 1]), np.array([2, 3])]).tolist()
+    [0, 2, 1, 3]
+    """
+    readers = [_reader(layout, sizes) for layout in sources]
+    wanted = _reader(target, sizes)
+    have = [leaf.name for reader in readers for leaf in reader.leaves]
+    return Weave(tuple(reader.root for reader in readers), tuple(have.index(leaf.name) for leaf in wanted.leaves), wanted.root)
+
+
 _QUICK: dict[tuple[object, ...], tuple[tuple[int, ...], int, type[Parts], tuple[int, ...] | None]] = {}
 """Calls of `split` on torch tensors that come down to one view and one unbind: exact call -> (view shape, unbind axis, kind, order)."""
 
@@ -337,14 +374,14 @@ def _open(tensor: Tensor, axis: int, node: _Node, views: list[Tensor], merge: bo
             _open(window(tensor, axis + node.cut, start, width), axis, child, views, merge)
 
 
-def _close(tensors: Iterator[Tensor], axis: int, node: _Node, batch: tuple[int, ...], like: Tensor) -> Tensor:
-    """The way back: leaves in order -> packed axis. A missing (zero) leaf becomes zeros."""
+def _close(tensors: Iterator[Tensor], axis: int, node: _Node, batch: tuple[int, ...], like: Tensor, view: bool = False) -> Tensor:
+    """The way back: leaves in order -> packed axis. A missing (zero) leaf becomes zeros. With `view`, a single piece is not copied."""
     if node.leaf is not None:
         part = next(tensors)
         tensor = zeros_like(like, (*batch[:axis], *node.leaf.shape, *batch[axis:])) if part is None else node.leaf.unmerge(part, axis)
     else:
-        pieces = [_close(tensors, axis, child, batch, like) for _, _, child in node.pieces]
-        tensor = join(pieces, axis + node.cut, node.single)
+        pieces = [_close(tensors, axis, child, batch, like, view) for _, _, child in node.pieces]
+        tensor = pieces[0] if view and len(pieces) == 1 and not node.single else join(pieces, axis + node.cut, node.single)
     if node.shape is None:
         return tensor
     at = axis + node.at
