@@ -14,8 +14,8 @@ import triptych as tt
 from tests import files, packings
 from triptych.errors import FormatError, MismatchError
 from triptych.layout import Layout
+from triptych.listing import listing
 from triptych.sizes import bind
-from triptych.verify import listing
 
 H, G, D, IN = 6, 2, 4, 10
 NEOX = {"model_type": "gpt_neox", "hidden_size": H * D, "num_attention_heads": H}
@@ -124,6 +124,24 @@ def test_wrong_stamps(pair: tuple[Path, Path]) -> None:
         tt.verify(*pair, "h (q|k|v) d")
 
 
+def test_files_beside_the_weights_are_named(pair: tuple[Path, Path]) -> None:
+    """People edit config.json after a conversion: no mismatch, but said."""
+    assert tt.verify(*pair).notes == ()
+    (pair[0] / "tokenizer.json").write_text("{}")
+    (pair[1] / "config.json").write_text("{}")
+    proof = tt.verify(*pair)
+    assert proof.notes == ("not in the output: tokenizer.json", "not the same in the output: config.json")
+    assert "note: not in the output: tokenizer.json" in str(proof) and proof.to_dict()["notes"] == list(proof.notes)
+
+
+def test_parts_that_nest_in_another_order(tmp_path: Path) -> None:
+    """`(q|k) (rot|pass)` and `(rot|pass) (q|k)` label the same rows."""
+    files.checkpoint(tmp_path / "a", [{"w": ("F32", (2 * 2 * H * D, IN))}])
+    given = {"w": "(q|k) (rot|pass) h d"}
+    tt.convert(tmp_path / "a", tmp_path / "b", "(rot|pass) (q|k) h d", layouts=given, h=H)
+    assert tt.verify(tmp_path / "a", tmp_path / "b", layouts=given, h=H).rows == 4 * H * D
+
+
 def test_missing_and_changed_tensors(pair: tuple[Path, Path], tmp_path: Path) -> None:
     wrong: list[tuple[dict[str, tuple[str, tuple[int, ...]] | None], str]] = [
         ({"other": None}, "missing in the output"),
@@ -162,7 +180,7 @@ def test_split_join_grouped_and_both_axes(tmp_path: Path, axis: int) -> None:
 
 
 def test_small_chunks_find_the_same(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module = sys.modules["triptych.verify"]
+    module = sys.modules["triptych.ranges"]
     files.checkpoint(tmp_path / "c", [{"w": ("BF16", (IN, 3 * H * D))}])
     tt.convert(tmp_path / "c", tmp_path / "d", "h d (q|k|v)", layouts={"w": "h (q|k|v) d @ 1"}, h=H)
     for chunk in (1, 50, 300):

@@ -2,16 +2,15 @@
 
 Nothing of the code that makes row maps, plans or runs them is used: from the two layouts alone, each row of each side is labelled one by
 one with part, head and dim, and the bytes of equal labels are compared. All other tensors must be there under their names, byte for byte.
+Files beside the weights (config.json, tokenizer) are compared too: what differs is named, not refused, since people change them.
 """
 
 from __future__ import annotations
 
+import filecmp
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,21 +18,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import axes
+from . import axes, ranges
+from .beside import LINEAR, NORM, neighbours, norms
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import FormatError, MismatchError
-from .formats import Tensor, open_file
-from .layout import Axis, Factor, Layout
+from .errors import MismatchError
+from .formats import Other, Stored, Tensor
+from .layout import Layout
+from .listing import Origin, listing, origins
 from .packed import BY_STAMP, Packed
-from .pieces import base_names, in_bytes, target_of
-from .sizes import Sizes, bind
+from .pieces import base_names, in_bytes, listed, target_of
+from .ranges import Ranges
+from .rope import named, names_pairs, rope_of, sizes_of
+from .sizes import bind
 
-CHUNK = 1 << 21
+SHORT, WHOLE = 8192, 1 << 26
+"""Runs shorter than this many bytes on average are gathered in memory, where the tensors that they come from have at most so many."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared: `rows` rows of `projections` projections by label, `tensors` other tensors, `size` bytes in all."""
+    """What was compared: `rows` rows of `projections` projections by label, `tensors` other tensors, `size` bytes in all.
+
+    `notes`: what differs beside the tensors.
+    """
 
     path: str
     out: str
@@ -41,33 +48,26 @@ class Proof:
     rows: int
     tensors: int
     size: int
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"version": 1, "equal": True, **vars(self)}
+        return {"version": 1, "equal": True, **vars(self), "notes": list(self.notes)}
 
     def __str__(self) -> str:
-        return (
+        told = (
             f"{self.out}: equal to {self.path}; {self.rows} rows of {self.projections} projections compared by label, "
             f"{self.tensors} other tensors byte for byte, {in_bytes(self.size)} in all"
         )
+        return "\n".join([told, *(f"  note: {note}" for note in self.notes)])
 
 
-class Label(NamedTuple):
-    """What one row is."""
+class Proved(NamedTuple):
+    """A proof with what it is about: both sides, and the projections of the one with those of the other."""
 
-    part: str
-    head: int
-    dim: int
-
-    def __str__(self) -> str:
-        return f"part {self.part or '(one)'}, head {self.head}, dim {self.dim}"
-
-
-class Entry(NamedTuple):
-    """One row of a listing: its labels (several where parts are one tensor), and whether it is declared to hold zero."""
-
-    labels: tuple[Label, ...]
-    zero: bool
+    proof: Proof
+    before: Checkpoint
+    after: Checkpoint
+    pairs: tuple[tuple[Packed, Packed], ...]
 
 
 def verify(
@@ -86,6 +86,19 @@ def verify(
         to: the target of the conversion (LAYOUT, `split`, `fused:LAYOUT`), when the stamp alone shall not be believed.
     Raises MismatchError at the first row that differs, with its tensor, part, head and dim; FormatError and others as `inspect` does.
     """
+    return prove(path, out, to, layouts=layouts, records=records, **sizes).proof
+
+
+def prove(
+    path: str | Path,
+    out: str | Path,
+    to: str | Layout | None = None,
+    *,
+    layouts: Mapping[str, str] | None = None,
+    records: str | Path | None = None,
+    **sizes: int,
+) -> Proved:
+    """As `verify`, with what the proof is about."""
     target = target_of(to) if to is not None else None
     wanted = target.layout if target else None
     before = open_checkpoint(path, layouts or {}, sizes, [wanted] if wanted else [], records)
@@ -95,13 +108,14 @@ def verify(
     if wanted is not None:
         _must_have(after, wanted, sizes)
     there = {packed.link: packed for packed in after.projections}
-    _must_know(before, after)
-    pairs = [(packed, there[packed.name]) for packed in before.projections if packed.name in there]
-    with ExitStack() as stack:
-        old, new = (_Reader(side, stack) for side in (before, after))
-        rows = sum(_prove_projection(source, target, old, new) for source, target in pairs)
+    known = (*before.projections, *_beside_projections(before, after))
+    _must_know(known, after)
+    pairs = tuple((_with_pairs(packed, there[packed.name]), there[packed.name]) for packed in known if packed.name in there)
+    with Ranges(before.stored) as old, Ranges(after.stored) as new:
+        rows = sum(ranges.in_order(lambda pair: _prove_projection(*pair, old, new), pairs))
         apart = _prove_others(pairs, old, new)
-    return Proof(str(path), str(out), len(pairs), rows, apart, before.stored.size)
+    proof = Proof(str(path), str(out), len(pairs), rows, apart, before.stored.size, tuple(_beside(before.stored, after.stored)))
+    return Proved(proof, before, after, pairs)
 
 
 def _must_have(after: Checkpoint, wanted: Layout, given: Mapping[str, int]) -> None:
@@ -116,114 +130,43 @@ def _must_have(after: Checkpoint, wanted: Layout, given: Mapping[str, int]) -> N
             raise MismatchError("the output has another layout", tensor=packed.name, expected=wanted, found=packed.layout)
 
 
-def _must_know(before: Checkpoint, after: Checkpoint) -> None:
+def _must_know(known: Iterable[Packed], after: Checkpoint) -> None:
     """Every projection that the output was stamped with is known in the input."""
-    known = {packed.name for packed in before.projections}
+    names = {packed.name for packed in known}
     for packed in after.projections:
-        if packed.source == BY_STAMP and packed.link not in known:
+        if packed.source == BY_STAMP and packed.link not in names:
             raise MismatchError("a converted projection is not known in the input", tensor=packed.link, found=f"{packed.layout} (stamp)",
                                 try_="declare the input's layout as for the conversion: --layout 'NAME_GLOB=LAYOUT'")  # fmt: skip
 
 
-# The slow evaluator
+def _beside_projections(before: Checkpoint, after: Checkpoint) -> Iterator[Packed]:
+    """Norms and other weights of the input that the output was stamped with, since they changed with a projection."""
+    names, tensors = {packed.name for packed in before.projections}, before.stored.tensors
+    stamped = [packed for packed in after.projections if packed.source == BY_STAMP and packed.link not in names]
+    for kind in dict.fromkeys((packed.kind, packed.axis) for packed in stamped if packed.kind in (NORM, LINEAR)):
+        found = norms(before.projections, tensors) if kind[0] == NORM else neighbours(before.projections, tensors, 1 - kind[1])
+        yield from (packed for packed in found if any((one.link, one.kind, one.axis) == (packed.name, *kind) for one in stamped))
 
 
-@lru_cache(maxsize=64)
-def listing(layout: Layout, sizes: Sizes) -> tuple[Entry, ...]:
-    """Every row of a sized layout, one by one, slowest axis first.
-
-    >>> [str(entry.labels[0]) for entry in listing(Layout("h (q|k)"), bind("h (q|k)", h=2))]
-    ['part q, head 0, dim 0', 'part k, head 0, dim 0', 'part q, head 1, dim 0', 'part k, head 1, dim 0']
-    """
-    return tuple(_entry(names, zero, at, sizes) for names, zero, at in _walk(layout.factors, sizes))
-
-
-def _walk(factors: tuple[Factor, ...], sizes: Sizes) -> Iterator[tuple[tuple[str, ...], bool, tuple[tuple[str, int], ...]]]:
-    """(dotted names, declared zero, (axis, index) from the outermost in) of every row."""
-    if not factors:
-        yield ("",), False, ()
-    elif isinstance(factors[0], Axis):
-        axis = factors[0].name
-        for index in range(sizes[axis]):
-            for names, zero, at in _walk(factors[1:], sizes):
-                yield names, zero, ((axis, index), *at)
-    else:
-        for branch in factors[0].branches:
-            for names, zero, at in _walk((*branch.factors, *factors[1:]), sizes):
-                mine = branch.names or ("",)
-                yield tuple(".".join(filter(None, (one, two))) for one in mine for two in names), zero or branch.zero, at
-
-
-def _entry(names: tuple[str, ...], zero: bool, at: tuple[tuple[str, int], ...], sizes: Sizes) -> Entry:
-    index, order = dict(at), [axis for axis, _ in at]
-    head = dim = 0
-    for axis in axes.head_axes(order):
-        head = head * sizes[axis] + index[axis]
-    for axis in axes.dim_axes(order):
-        dim = dim * sizes[axis] + index[axis]
-    return Entry(tuple(Label(name, head, dim) for name in names), zero)
-
-
-class Origin(NamedTuple):
-    """Where every row of one output tensor must come from: number of the source tensor (-1: it holds zero) and row in it."""
-
-    tensors: NDArray[np.int64]
-    rows: NDArray[np.int64]
-
-
-@lru_cache(maxsize=16)
-def origins(sources: tuple[Layout, ...], targets: tuple[Layout, ...], old: Sizes, new: Sizes) -> tuple[Origin, ...] | str:
-    """The origin of every row of every target by equal labels, or a sentence when the labels of the two sides differ."""
-    have: dict[Label, tuple[int, int]] = {}
-    for number, layout in enumerate(sources):
-        for row, entry in enumerate(listing(layout, old)):
-            for label in () if entry.zero else entry.labels:
-                if label in have:
-                    return f"{label} stands twice in the input"
-                have[label] = number, row
-    used: set[Label] = set()
-    out = []
-    for layout in targets:
-        tensors, rows = [], []
-        for entry in listing(layout, new):
-            found = {have.get(label) for label in entry.labels} if not entry.zero else {(-1, 0)}
-            place = found.pop()
-            if place is None or found:
-                return f"{entry.labels[0]} of the output " + ("is not in the input" if place is None else "is two rows of the input")
-            used |= set() if entry.zero else set(entry.labels)
-            tensors.append(place[0])
-            rows.append(place[1])
-        out.append(Origin(np.array(tensors, np.int64), np.array(rows, np.int64)))
-    missing = next((label for label in have if label not in used), None)
-    return f"{missing} of the input is not in the output" if missing else tuple(out)
+def _with_pairs(source: Packed, target: Packed) -> Packed:
+    """The projection as the input holds it, its rotary pairs named as its record tells them, where the stamp tells another order."""
+    rope = rope_of(source.rope) if source.rope and source.rope != target.rope else None
+    if rope is None or any(names_pairs(piece.layout) for piece in source.pieces):
+        return source
+    pieces = tuple(replace(piece, layout=named(piece.layout, rope)) for piece in source.pieces)
+    layout = named(source.layout, rope)
+    used = {axis for one in (layout, *(piece.layout for piece in pieces)) for axis in one.axes}
+    sizes = {**source.sizes, **sizes_of(source.layout, rope, source.sizes)}
+    known = {axis: size for axis, size in sizes.items() if axis in used or axis in axes.ATOMS}
+    return replace(source, pieces=pieces, layout=layout, sizes=bind(layout, *(piece.layout for piece in pieces), **known))
 
 
 # Comparing bytes
 
 
-class _Reader:
-    """Reads byte ranges of the tensors of one checkpoint."""
-
-    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
-        self.tensors, self.root, self.stack = checkpoint.stored.tensors, checkpoint.stored.root, stack
-        self.fds: dict[str, int] = {}
-
-    def read(self, tensor: Tensor, start: int, size: int) -> NDArray[np.uint8]:
-        if tensor.file not in self.fds:
-            self.fds[tensor.file] = open_file(self.root / tensor.file)
-            self.stack.callback(os.close, self.fds[tensor.file])
-        raw = bytearray(size)
-        done = 0
-        while done < size:
-            got = os.preadv(self.fds[tensor.file], [memoryview(raw)[done:]], tensor.start + start + done)
-            if not got:
-                raise FormatError("the file ended while it was read", tensor=tensor.name, file=tensor.file)
-            done += got
-        return np.frombuffer(raw, np.uint8)
-
-
-def _prove_projection(source: Packed, target: Packed, old: _Reader, new: _Reader) -> int:
+def _prove_projection(source: Packed, target: Packed, old: Ranges, new: Ranges) -> int:
     """Compare one projection; how many rows it has. Raises MismatchError."""
+    _must_match(source, target)
     sources, targets = tuple(piece.layout for piece in source.pieces), tuple(piece.layout for piece in target.pieces)
     found = origins(sources, targets, source.sizes, target.sizes)
     if isinstance(found, str):
@@ -237,7 +180,30 @@ def _prove_projection(source: Packed, target: Packed, old: _Reader, new: _Reader
     return sum(len(origin.rows) for origin in found)
 
 
-def _prove_zeros(tensor: Tensor, rows: Sequence[int], axis: int, reader: _Reader) -> None:
+def _must_match(source: Packed, target: Packed) -> None:
+    """A stamp tells of the projection what the input tells of it. Raises MismatchError."""
+    if target.source != BY_STAMP:
+        return
+    order = rope_of(target.rope) if target.rope else None
+    changed = order is not None and any(_order(piece.layout) == order.order for piece in target.pieces)
+    sides: list[dict[str, object]] = [{"rotary order": one.rope if not changed else None, "kind": one.kind} for one in (source, target)]
+    if source.fused and target.fused:
+        for side, one in zip(sides, (source, target), strict=True):
+            side["names of parts"] = {part: name for part, name in one.parts if name != one.name}
+    for word, expected in sides[0].items():
+        if expected != sides[1][word]:
+            raise MismatchError(f"the stamp tells another {word}", tensor=target.name, expected=expected, found=sides[1][word])
+
+
+def _order(layout: Layout) -> str | None:
+    """The rotary order that a layout names."""
+    for path in layout.paths:
+        if "c" in path.axes and "p" in path.axes:
+            return "half" if path.axes.index("c") < path.axes.index("p") else "interleaved"
+    return None
+
+
+def _prove_zeros(tensor: Tensor, rows: Sequence[int], axis: int, reader: Ranges) -> None:
     outer, inner = _around(tensor, axis)
     for block in range(outer):
         for row in rows:
@@ -260,28 +226,58 @@ class _Proving(NamedTuple):
     sources: tuple[Tensor, ...]
     axis: int
     origin: Origin
-    old: _Reader
-    new: _Reader
+    old: Ranges
+    new: Ranges
 
     def prove(self) -> None:
         """Compare every row with the row that it comes from. Raises MismatchError."""
         tensor, first, rows, axis = self.tensor, self.sources[0], len(self.origin.rows), self.axis
+        turned = self.packed.axis != axis and len(first.shape) == 2
         shape = (*first.shape[:axis], rows, *first.shape[axis + 1 :])
-        if (tensor.dtype, tensor.shape, self.packed.axis) != (first.dtype, shape, axis):
+        shape = shape[::-1] if turned else shape
+        if (tensor.dtype, tensor.shape) != (first.dtype, shape) or (self.packed.axis != axis and not turned):
             raise MismatchError("dtype or shape differ", tensor=tensor.name, expected=f"{first.dtype} {shape}, packed axis {axis}",
                                 found=f"{tensor.dtype} {tensor.shape}, packed axis {self.packed.axis}")  # fmt: skip
+        if turned and tensor.size:
+            self._turned()
+            return
         outer, inner = _around(tensor, axis)
         if not tensor.size:
             return
-        if outer > 1 and max(rows, *(source.shape[axis] for source in self.sources)) * inner <= CHUNK:
-            step = max(1, CHUNK // (rows * inner))
+        band = max(rows, sum(source.shape[axis] for source in self.sources)) * inner
+        if band <= ranges.CHUNK or (band <= WHOLE and rows * inner < SHORT * len(self._runs(0, rows))):
+            step = max(1, ranges.CHUNK // band)
             for block in range(0, outer, step):
                 self._bands(block, min(step, outer - block), inner)
             return
-        step = max(1, CHUNK // inner)
+        step = max(1, ranges.CHUNK // inner)
+        rooms = np.empty((2, min(step, rows) * inner), np.uint8)
         for block in range(outer):
             for start in range(0, rows, step):
-                self._rows(block, start, min(start + step, rows), inner)
+                self._rows(block, start, min(start + step, rows), inner, rooms)
+
+    def _turned(self) -> None:
+        """A matrix stored [in, out] that was [out, in], or the other way round: both whole, row by row as the input holds them."""
+        rows = len(self.origin.rows)
+        item = self.tensor.size // math.prod(self.tensor.shape)
+        found = self.new.read(self.tensor, 0, self.tensor.size).reshape(*self.tensor.shape, item).swapaxes(0, 1)
+        wholes = [self.old.read(one, 0, one.size).reshape(*one.shape, item) for one in self.sources]
+        for start in range(0, rows, step := max(1, ranges.CHUNK * rows // self.tensor.size)):
+            window = slice(start, start + step)
+            theirs = found[window] if self.axis == 0 else found[:, window].swapaxes(0, 1)
+            expected = np.zeros_like(theirs)
+            for number, whole in enumerate(wholes):
+                mine = self.origin.tensors[window] == number
+                picked = self.origin.rows[window][mine]
+                expected[mine] = whole[picked] if self.axis == 0 else whole[:, picked].swapaxes(0, 1)
+            shape = (1, len(theirs), -1)
+            self._compare(expected.reshape(shape), np.ascontiguousarray(theirs).reshape(shape), start)
+
+    def _runs(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """(first, end) of the rows between `start` and `stop` that follow each other in a source."""
+        origin = self.origin
+        breaks = np.flatnonzero((np.diff(origin.tensors[start:stop]) != 0) | (np.diff(origin.rows[start:stop]) != 1)) + start + 1
+        return list(pairwise([start, *breaks.tolist(), stop]))
 
     def _bands(self, block: int, some: int, inner: int) -> None:
         """Slices `block` to `block + some`, with all their rows."""
@@ -295,21 +291,22 @@ class _Proving(NamedTuple):
             expected[:, mine] = band[:, self.origin.rows[mine]]
         self._compare(expected, found, 0)
 
-    def _rows(self, block: int, start: int, stop: int, inner: int) -> None:
+    def _rows(self, block: int, start: int, stop: int, inner: int, rooms: NDArray[np.uint8]) -> None:
         """Rows `start` to `stop` of one slice; rows that follow each other in a source are read at once."""
         origin, rows = self.origin, len(self.origin.rows)
-        found = self.new.read(self.tensor, (block * rows + start) * inner, (stop - start) * inner).reshape(1, stop - start, inner)
-        expected = np.zeros_like(found)
-        breaks = np.flatnonzero((np.diff(origin.tensors[start:stop]) != 0) | (np.diff(origin.rows[start:stop]) != 1)) + start + 1
-        for a, b in pairwise([start, *breaks.tolist(), stop]):
-            if origin.tensors[a] >= 0:
-                source = self.sources[origin.tensors[a]]
-                at = (block * source.shape[self.axis] + int(origin.rows[a])) * inner
-                expected[0, a - start : b - start] = self.old.read(source, at, (b - a) * inner).reshape(b - a, inner)
-        self._compare(expected, found, start)
+        expected, found = rooms[:, : (stop - start) * inner]
+        self.new.into(self.tensor, (block * rows + start) * inner, found)
+        for a, b in self._runs(start, stop):
+            run = expected[(a - start) * inner : (b - start) * inner]
+            if origin.tensors[a] < 0:
+                run[:] = 0
+                continue
+            source = self.sources[origin.tensors[a]]
+            self.old.into(source, (block * source.shape[self.axis] + int(origin.rows[a])) * inner, run)
+        self._compare(expected.reshape(1, -1, inner), found.reshape(1, -1, inner), start)
 
     def _compare(self, expected: NDArray[np.uint8], found: NDArray[np.uint8], start: int) -> None:
-        if np.array_equal(expected, found):
+        if ranges.same(expected, found):
             return
         row = start + int(np.flatnonzero((expected != found).any(axis=(0, 2)))[0])
         label = listing(self.layout, self.packed.sizes)[row].labels[0]
@@ -319,7 +316,7 @@ class _Proving(NamedTuple):
                             where=f"row {row}: {label}   ({self.layout})", expected=whence, found="other bytes")  # fmt: skip
 
 
-def _prove_others(pairs: Sequence[tuple[Packed, Packed]], old: _Reader, new: _Reader) -> int:
+def _prove_others(pairs: Sequence[tuple[Packed, Packed]], old: Ranges, new: Ranges) -> int:
     """Compare all tensors that are in no projection; how many there are. Raises MismatchError."""
     before, after = ({piece.tensor for pair in pairs for piece in pair[side].pieces} for side in (0, 1))
     rest_old, rest_new = (
@@ -331,17 +328,34 @@ def _prove_others(pairs: Sequence[tuple[Packed, Packed]], old: _Reader, new: _Re
             raise MismatchError(
                 f"a tensor is missing in the {where}", tensor=name, found=f"{len(rest_old)} tensors before, {len(rest_new)} after"
             )
-    for name, tensor in rest_old.items():
-        copy = rest_new[name]
-        if (tensor.dtype, tensor.shape) != (copy.dtype, copy.shape):
-            raise MismatchError(
-                "dtype or shape differ", tensor=name, expected=f"{tensor.dtype} {tensor.shape}", found=f"{copy.dtype} {copy.shape}"
-            )
-        for at in range(0, tensor.size, CHUNK):
-            size = min(CHUNK, tensor.size - at)
-            one, two = old.read(tensor, at, size), new.read(copy, at, size)
-            if not np.array_equal(one, two):
-                byte = at + int(np.flatnonzero(one != two)[0])
-                raise MismatchError("a tensor that should be unchanged differs", tensor=name, where=f"byte {byte} of its data",
-                                    expected=f"0x{one[byte - at]:02x}", found=f"0x{two[byte - at]:02x}")  # fmt: skip
+    ranges.in_order(lambda tensor: _prove_same(tensor, rest_new[tensor.name], old, new), rest_old.values())
     return len(rest_old)
+
+
+def _prove_same(tensor: Tensor, copy: Tensor, old: Ranges, new: Ranges) -> None:
+    if (tensor.dtype, tensor.shape) != (copy.dtype, copy.shape):
+        raise MismatchError("dtype or shape differ", tensor=tensor.name, expected=f"{tensor.dtype} {tensor.shape}",
+                            found=f"{copy.dtype} {copy.shape}")  # fmt: skip
+    if apart := ranges.first_difference(old, tensor, new, copy):
+        byte, expected, found = apart
+        raise MismatchError("a tensor that should be unchanged differs", tensor=tensor.name, where=f"byte {byte} of its data",
+                            expected=f"0x{expected:02x}", found=f"0x{found:02x}")  # fmt: skip
+
+
+def _beside(before: Stored, after: Stored) -> Iterator[str]:
+    """What is to say of the files beside the weights, where both sides are folders."""
+    if not before.is_folder or not after.is_folder:
+        return
+    mine, theirs = ({other.name: other for other in stored.others} for stored in (before, after))
+    sorts = {
+        "not in the output": [name for name in mine if name not in theirs],
+        "only in the output": [name for name in theirs if name not in mine],
+        "not the same in the output": [name for name in mine if name in theirs and not _same_file(before, after, mine[name], theirs[name])],
+    }
+    for what, names in sorts.items():
+        if names:
+            yield f"{what}: {listed(names, 6)}"
+
+
+def _same_file(before: Stored, after: Stored, one: Other, two: Other) -> bool:
+    return one.size == two.size and filecmp.cmp(before.root / one.name, after.root / two.name, shallow=False)

@@ -12,9 +12,20 @@ import numpy as np
 from ..catalog import Candidate, checked
 from ..errors import LayoutError, MismatchError
 from ..layout import Layout
+from ..pairs import (
+    NONE,
+    Explanation,
+    Index,
+    kind_of,
+    known_from_order,
+    known_from_shape,
+    others,
+    reorderings,
+    shared_parts,
+    spelled_rotary,
+)
 from ..sizes import Sizes
-from .match import FEW_ROWS, NONE, Index, Matrix, Pair, Precision, Tensor, precision
-from .pairs import Explanation, kind_of, known_from_order, known_from_shape, others, reorderings, shared_parts, spelled_rotary
+from .match import FEW_ROWS, Matrix, Pair, Precision, Tensor, precision
 from .turn import from_fused, moved, moves, numbers, places_of, to_order_of
 
 SAMPLE = 64

@@ -13,15 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LayoutError
+from ..pairs import NONE, Index, Mask
 
 Tensor = Any
 """numpy.ndarray or torch.Tensor; torch is not imported here."""
 Values = NDArray[np.floating[Any]]
-Index = NDArray[np.int64]
-Mask = NDArray[np.bool_]
 
-NONE = -1
-"""In an index: this row has no partner."""
 STRETCHES = 16
 """Random sums taken of a row."""
 COMPARED = 1 << 17

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..layout import Layout
+from ..pairs import Index
 from ..render_code import convert_lines, part_line
 from ..sizes import Sizes
-from .match import Index, Matrix, Tensor
+from .match import Matrix, Tensor
 
 SHORT = 64
 """An index list up to this length is written out."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..catalog import HEAD_DIMS, Candidate, candidates
-from ..errors import SizeError
-from ..layout import Factor, Layout, Sum, count
-from ..rowmap import Block, Rows, from_indices, parts
-from ..sizes import Sizes
-from .match import NONE, Index, Pair
+from .catalog import HEAD_DIMS, Candidate, candidates
+from .errors import SizeError
+from .layout import Factor, Layout, Sum, count
+from .rowmap import Block, Rows, from_indices, parts
+from .sizes import Sizes
+
+Index = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+NONE = -1
+"""In an index: this row has no partner."""
 
 SAMPLE = 64
 """Rows looked at before a pair of layouts is tried on all of them."""
@@ -27,6 +32,33 @@ PIECES = 64
 """Rows that lie in more strided pieces than this, and in pieces of less than this many rows, are in no order."""
 
 Known = Mapping[str, int]
+
+
+class Side(Protocol):
+    """One tensor as rows, each of `samples` values."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+
+
+class Pair(Protocol):
+    """Two tensors whose rows can be compared: values in memory (live/match.py) or digests of files (digests.py)."""
+
+    @property
+    def a(self) -> Side: ...
+    @property
+    def b(self) -> Side: ...
+    @property
+    def matched(self) -> tuple[Index, float]:
+        """([rows of a] the row of b that each row of a is, or NONE; the largest difference)."""
+
+    def looks(self, rows: Index, partners: Index) -> Mask:
+        """Whether a's `rows` and b's `partners` seem to be the same: broadcast over index arrays. A hint, no proof."""
+
+    def agree(self, index: Index, until_failure: bool = False) -> tuple[Mask, float]:
+        """([rows of a] whether row i of a and row index[i] of b agree, the largest difference among those that do)."""
 
 
 class Explanation(NamedTuple):

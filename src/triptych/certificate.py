@@ -1,0 +1,236 @@
+"""The certificate of a conversion: a JSON file with which anybody can check the output again, with this program or without it.
+
+It names the sha256 of every tensor of the input and of the output, and of each projection both layouts. The output alone proves the rest:
+its rows, put back in the order of the input's layout, must have the digests of the input. So who trusts the digests of the input needs
+neither the input nor this program; docs/check_certificate.py does the same in sixty lines. Order is computed by the slow evaluator of
+`verify`: no code that converts is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import formats, ranges, stamp
+from .errors import FormatError, LayoutError, MismatchError, PlanError
+from .formats import Stored, Tensor
+from .layout import Layout
+from .listing import origins
+from .packed import Packed
+from .pieces import in_bytes
+from .ranges import Ranges
+from .sizes import Sizes, bind
+from .verify import Proof, prove
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was proved, and the content of the file."""
+
+    table: Mapping[str, Any] = field(hash=False, repr=False)
+    proof: Proof
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.table)
+
+    def write(self, path: str | Path) -> None:
+        """A new file. Raises PlanError when there is one."""
+        text = json.dumps(self.table, indent=1, ensure_ascii=False) + "\n"
+        try:
+            with Path(path).open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise PlanError("the certificate exists", where=str(path), try_="remove it, or give another name") from None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was checked again: `tensors` of the output by digest, `rows` put back in the input's order; `source`: whether it was there."""
+
+    certificate: str
+    out: str
+    tensors: int
+    projections: int
+    rows: int
+    size: int
+    source: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"version": VERSION, "equal": True, **vars(self)}
+
+    def __str__(self) -> str:
+        whence = f"the digests of {self.source}" if self.source else "the digests of the input, which was not looked at"
+        return (
+            f"{self.out}: as certified by {self.certificate}; {self.tensors} tensors by digest, {in_bytes(self.size)}; "
+            f"{self.rows} rows of {self.projections} projections, put back in their old order, give {whence}"
+        )
+
+
+def certify(
+    path: str | Path,
+    out: str | Path,
+    to: str | Layout | None = None,
+    *,
+    layouts: Mapping[str, str] | None = None,
+    records: str | Path | None = None,
+    **sizes: int,
+) -> Certificate:
+    """Prove as `verify` does, then write down what a later check needs. Arguments and errors are those of `verify`."""
+    proved = prove(path, out, to, layouts=layouts, records=records, **sizes)
+    before, after = proved.before.stored, proved.after.stored
+    table = {
+        "version": VERSION,
+        "program": {"triptych": _version(), "python": platform.python_version(), "numpy": np.__version__},
+        "plan": _plan(after),
+        "source": {"name": Path(path).resolve().name, "tensors": _digests(before)},
+        "output": {"name": Path(out).resolve().name, "tensors": _digests(after)},
+        "projections": [{"source": _side(one), "output": _side(two)} for one, two in proved.pairs],
+        "stamps": _stamps(after),
+    }
+    return Certificate(table, proved.proof)
+
+
+def check_certificate(certificate: str | Path, out: str | Path, source: str | Path | None = None) -> Checked:
+    """Check an output against its certificate: its digests, its stamps, and that its rows in the old order give the input's digests.
+
+    Args: source: the input, whose digests are then looked at too.
+    Raises MismatchError at the first thing that is not as certified, FormatError for a certificate that is none.
+    """
+    table = formats.read_json(Path(certificate))
+    try:
+        return _check(table, str(certificate), out, source)
+    except (KeyError, TypeError, ValueError, AttributeError, LayoutError) as error:
+        if isinstance(error, FormatError):
+            raise
+        found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise FormatError("the certificate makes no sense", file=str(certificate), found=found[:200]) from None
+
+
+def _check(table: Mapping[str, Any], certificate: str, out: str | Path, source: str | Path | None) -> Checked:
+    if table["version"] != VERSION:
+        raise FormatError("a certificate of a version that this program does not know", file=certificate, expected=VERSION,
+                          found=repr(table["version"]))  # fmt: skip
+    stored = formats.read(out)
+    if source is not None:
+        _must_have(formats.read(source), table["source"]["tensors"], "the input")
+    _must_have(stored, table["output"]["tensors"], "the output")
+    if (_plan(stored), _stamps(stored)) != (table["plan"], table["stamps"]):
+        raise MismatchError("the output's stamp is not the certified one", where=str(out), expected=table["plan"], found=_plan(stored))
+    taken = {side: {name for one in table["projections"] for name in one[side]["tensors"]} for side in ("source", "output")}
+    rest = {name: told for name, told in table["source"]["tensors"].items() if name not in taken["source"]}
+    if rest != {name: told for name, told in table["output"]["tensors"].items() if name not in taken["output"]}:
+        raise MismatchError("the other tensors of input and output are not the same by the certificate", file=certificate)
+    with Ranges(stored) as reader:
+        rows = sum(ranges.in_order(lambda one: _put_back(one, table["source"]["tensors"], reader), table["projections"]))
+    size = sum(tensor.size for tensor in stored.tensors.values())
+    name = str(source) if source is not None else None
+    return Checked(certificate, str(out), len(stored.tensors), len(table["projections"]), rows, size, name)
+
+
+def _must_have(stored: Stored, told: Mapping[str, Any], what: str) -> None:
+    """The tensors of a checkpoint are those that the certificate tells. Raises MismatchError."""
+    for name in [*told, *stored.tensors]:
+        if name not in stored.tensors or name not in told:
+            where = what if name in told else "the certificate"
+            raise MismatchError(f"a tensor is missing in {where}", tensor=name, expected=f"{len(told)} tensors",
+                                found=f"{len(stored.tensors)}")  # fmt: skip
+        tensor = stored.tensors[name]
+        kinds = tuple(
+            f"{dtype} {list(shape)}" for dtype, shape in ((told[name]["dtype"], told[name]["shape"]), (tensor.dtype, tensor.shape))
+        )
+        if kinds[0] != kinds[1]:
+            raise MismatchError(f"a tensor of {what} is not as certified", tensor=name, expected=kinds[0], found=kinds[1])
+    for name, digest in _sha256(stored).items():
+        if digest != told[name]["sha256"]:
+            raise MismatchError(f"a tensor of {what} is not as certified", tensor=name, expected=f"sha256 {told[name]['sha256']}",
+                                found=f"sha256 {digest}")  # fmt: skip
+
+
+def _put_back(one: Mapping[str, Any], told: Mapping[str, Any], reader: Ranges) -> int:
+    """The rows of one projection in the order of the input, hashed; how many there are. Raises MismatchError."""
+    old, new = one["source"], one["output"]
+    axis = old["axis"]
+    layouts = [tuple(Layout(text) for text in side["tensors"].values()) for side in (old, new)]
+    found = origins(layouts[0], layouts[1], _sizes(old), _sizes(new))
+    if isinstance(found, str):
+        raise MismatchError("the layouts of the certificate do not hold the same rows", tensor=next(iter(new["tensors"])), found=found)
+    tables = [_rows(reader, reader.tensors[name], axis, new["axis"]) for name in new["tensors"]]
+    shapes = [told[name]["shape"] for name in old["tensors"]]
+    back = [np.zeros((math.prod(shape[:axis]), shape[axis], tables[0].shape[2]), np.uint8) for shape in shapes]
+    for again in (False, True):  # rows that are one in the input may be several in the output
+        for name, table, origin in zip(new["tensors"], tables, found, strict=True):
+            for number, rows in enumerate(back):
+                mine = origin.tensors == number
+                if not again:
+                    rows[:, origin.rows[mine]] = table[:, mine]
+                elif not np.array_equal(rows[:, origin.rows[mine]], table[:, mine]):
+                    raise MismatchError("rows that are one in the input differ in the output", tensor=name)
+            if table[:, origin.tensors < 0].any():
+                raise MismatchError("rows that are declared zero are not", tensor=name)
+    for name, rows in zip(old["tensors"], back, strict=True):
+        if hashlib.sha256(rows.data).hexdigest() != told[name]["sha256"]:
+            raise MismatchError("the output's rows, put back in their old order, are not those of the input", tensor=name,
+                                expected=f"sha256 {told[name]['sha256']}")  # fmt: skip
+    return sum(len(origin.rows) for origin in found)
+
+
+def _rows(reader: Ranges, tensor: Tensor, axis: int, packed: int) -> NDArray[np.uint8]:
+    """[slices, rows, bytes of a row] of a tensor that is packed along `packed`, as one that is packed along `axis`."""
+    raw = reader.read(tensor, 0, tensor.size).reshape(*tensor.shape, tensor.size // max(1, math.prod(tensor.shape)))
+    whole = raw if axis == packed else raw.swapaxes(axis, packed)
+    return whole.reshape(math.prod(whole.shape[:axis]), whole.shape[axis], math.prod(whole.shape[axis + 1 :]))
+
+
+def _sizes(side: Mapping[str, Any]) -> Sizes:
+    layouts = [Layout(text) for text in side["tensors"].values()]
+    return bind(*layouts, **side["sizes"])
+
+
+def _side(packed: Packed) -> dict[str, Any]:
+    used = dict.fromkeys(axis for piece in packed.pieces for axis in piece.layout.axes)
+    tensors = {piece.tensor: str(piece.layout) for piece in packed.pieces}
+    return {"axis": packed.axis, "sizes": {axis: packed.sizes[axis] for axis in used}, "tensors": tensors}
+
+
+def _digests(stored: Stored) -> dict[str, Any]:
+    digests = _sha256(stored)
+    return {t.name: {"dtype": t.dtype, "shape": list(t.shape), "sha256": digests[t.name]} for t in stored.tensors.values()}
+
+
+def _sha256(stored: Stored) -> dict[str, str]:
+    with Ranges(stored) as reader:
+        return dict(zip(stored.tensors, ranges.in_order(reader.sha256, stored.tensors.values()), strict=True))
+
+
+def _plan(stored: Stored) -> list[str]:
+    """The digests of the plans that the files say they were made by."""
+    return sorted({str(table["plan"]) for table in _tables(stored) if "plan" in table})
+
+
+def _stamps(stored: Stored) -> dict[str, Any]:
+    """Tensor -> what the stamps say of it, as it stands in the files."""
+    return {name: told for table in _tables(stored) for name, told in table.get("layouts", {}).items()}
+
+
+def _tables(stored: Stored) -> Iterable[dict[str, Any]]:
+    for file in stored.files:
+        stamp.decode(file)
+        if stamp.KEY in file.metadata:
+            yield formats.parse_json(file.metadata[stamp.KEY].encode("utf-8", "surrogatepass"), file.file)
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
