@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test check bench families soak soak-crash clean
+.PHONY: help demo test check bench bench-decode families soak soak-crash clean
 help:
 	@echo "make demo    the main job on real trained weights, and the puzzle"
 	@echo "make test    the test suite"
 	@echo "make check   format, lint, types, doctests, import layers"
-	@echo "make bench   speed, as ratios against named peers"
+	@echo "make bench   speed, as ratios against named peers; make bench-decode a decode step over a cache"
+	@echo "make detect-report  how far verdicts from weights can be trusted; writes docs/detection.md"
 	@echo "make families  every family record against the model's own code; writes docs/families.md"
 	@echo "make soak    long campaigns; make soak-crash kills conversions"
 
@@ -34,6 +35,13 @@ bench: .venv/.ready
 	$(BIN)/python bench/tensors.py
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/inspect_terabyte.py
+	$(BIN)/python bench/verify.py
+
+bench-decode: .venv/.ready
+	$(BIN)/python bench/decode.py
+
+detect-report: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.detect_report --write
 
 families: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families_report
@@ -44,6 +52,7 @@ soak: .venv/.ready
 
 soak-crash: .venv/.ready
 	$(BIN)/python bench/soak_crash.py --write
+	$(BIN)/python bench/power_loss.py --write
 
 clean:
 	rm -rf .venv .demo .bench build dist src/*.egg-info

@@ -14,8 +14,8 @@ import pytest
 
 import triptych as tt
 from tests import files
-from triptych import cli
 from triptych.cli import commands, main
+from triptych.progress import progress
 
 H, D = 6, 4
 NEOX = {"model_type": "gpt_neox", "hidden_size": H * D, "num_attention_heads": H}
@@ -135,11 +135,10 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_bar_while_a_person_looks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    made = tt.plan("a", "split", "b")
-    with cli._progress(made, quiet=False) as tick:
+    with progress("auto", 9) as tick:
         assert tick is not None
         tick(3)
-    with cli._progress(made, quiet=True) as tick:
+    with progress("none", 9) as tick:
         assert tick is None
 
 

@@ -58,6 +58,7 @@ MISTAKES = [
     Mistake("(q|k=1) d", 5, "1", "a part is missing here", "k=v says that k and v are one tensor, k=0 that k is zero"),
     Mistake("((q|k) d|gate h)", 1, "(", "a branch begins with the name of its part", "`_` adds no name: (_ g (q r|k|v) d|gate h)"),
     Mistake("(_=q|k) d", 1, "_", "`_` has no name and no role", None),
+    Mistake("(_=0 h|k) d", 1, "_", "`_` has no name and no role", None),
     Mistake("(q|k|q) h d", 5, "q", "part 'q' stands twice", "each part has one name of its own: (q1|q2|k)"),
     Mistake("(q|k=q) h d", 5, "q", "part 'q' stands twice", "each part has one name of its own: (q1|q2|k)"),
     Mistake("h d d", 4, "d", "axis 'd' stands twice", EITHER_SIDE),

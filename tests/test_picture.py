@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 
-from triptych.blocks import GAP, Code, Facts, Note, Strip, Table
+from triptych.drawing import GAP, Code, Facts, Note, Strip, Table
 from triptych.errors import IncompatibleError, LayoutSyntaxError, SizeError
 from triptych.layout import Layout, Row
 from triptych.picture import Picture, explain

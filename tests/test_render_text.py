@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from triptych.blocks import GAP, Cell, Code, Facts, Note, Sample, Strip, Table
+from triptych.drawing import GAP, Cell, Code, Facts, Note, Sample, Strip, Table
 from triptych.picture import explain
 from triptych.render_html import html
 from triptych.render_text import text

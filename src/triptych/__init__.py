@@ -13,9 +13,12 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .blocks import blocks
+    from .certificate import certify, check_certificate
     from .checkpoint import inspect
     from .detect import Verdict, detect
     from .detect_files import detect_checkpoint
+    from .diff import Diff, diff
     from .errors import (
         FormatError,
         IncompatibleError,
@@ -29,13 +32,23 @@ if TYPE_CHECKING:
         TriptychError,
     )
     from .layout import Layout, Row
+    from .lint import lint
+    from .live.attention import FusedAttention, attend
+    from .live.capture import capture
     from .live.diagnose import assert_same_rows, diagnose
+    from .live.heads import heads
+    from .live.kv_cache import KVCache
+    from .live.modules import Surgery, fuse_, state_dict, undo, unfuse_
     from .live.probe import Probed, probe
+    from .live.project import project
+    from .live.prune import prune_heads_
     from .live.trace import trace
     from .picture import explain
     from .plan import plan
     from .rowmap import RowMap, from_indices
     from .run import convert
+    from .shard import merge, shard
+    from .shard_plan import merge_plan, shard_plan
     from .sizes import Sizes, bind
     from .tensors import fuse, move, repack, split
     from .verify import verify
@@ -59,23 +72,39 @@ _HOME = {
     "layout": ("Layout", "Row"),
     "sizes": ("Sizes", "bind"),
     "rowmap": ("RowMap", "from_indices"),
+    "blocks": ("blocks",),
     "tensors": ("fuse", "move", "repack", "split"),
     "picture": ("explain",),
     "checkpoint": ("inspect",),
     "detect": ("Verdict", "detect"),
     "detect_files": ("detect_checkpoint",),
     "plan": ("plan",),
+    "lint": ("lint",),
     "run": ("convert",),
+    "shard_plan": ("merge_plan", "shard_plan"),
+    "shard": ("merge", "shard"),
     "verify": ("verify",),
+    "certificate": ("certify", "check_certificate"),
+    "diff": ("Diff", "diff"),
+    "live.attention": ("FusedAttention", "attend"),
+    "live.kv_cache": ("KVCache",),
+    "live.project": ("project",),
     "live.trace": ("trace",),
     "live.probe": ("Probed", "probe"),
+    "live.modules": ("Surgery", "fuse_", "state_dict", "undo", "unfuse_"),
     "live.diagnose": ("assert_same_rows", "diagnose"),
+    "live.capture": ("capture",),
+    "live.heads": ("heads",),
+    "live.prune": ("prune_heads_",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Diff",
     "FormatError",
+    "FusedAttention",
     "IncompatibleError",
+    "KVCache",
     "Layout",
     "LayoutError",
     "LayoutSyntaxError",
@@ -88,25 +117,44 @@ __all__ = [
     "RowMap",
     "SizeError",
     "Sizes",
+    "Surgery",
     "TraceError",
     "TriptychError",
     "Verdict",
     "assert_same_rows",
+    "attend",
     "bind",
+    "blocks",
+    "capture",
+    "certify",
+    "check_certificate",
     "convert",
     "detect",
     "detect_checkpoint",
     "diagnose",
+    "diff",
     "explain",
     "from_indices",
     "fuse",
+    "fuse_",
+    "heads",
     "inspect",
+    "lint",
+    "merge",
+    "merge_plan",
     "move",
     "plan",
     "probe",
+    "project",
+    "prune_heads_",
     "repack",
+    "shard",
+    "shard_plan",
     "split",
+    "state_dict",
     "trace",
+    "undo",
+    "unfuse_",
     "verify",
 ]
 
@@ -125,6 +173,8 @@ class _Package(types.ModuleType):
 
     def __setattr__(self, name: str, value: object) -> None:
         if isinstance(value, types.ModuleType) and name in _MODULE:
+            if _MODULE[name] != name:  # a module that happens to have the name: `from .heads import ...` finds it without
+                return
             value = getattr(value, name)
         super().__setattr__(name, value)
 

@@ -10,23 +10,20 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from . import __version__
+from .cli_check import detect_, diff_, lint_, verify_
+from .cli_options import options, show
+from .cli_write import convert_, merge_, plan_, shard_
 from .errors import TriptychError, printable
-
-if TYPE_CHECKING:
-    from .mover import Tick
-    from .steps import Plan
 
 EXIT_CODES = """Exit codes: 0 done, 1 a mismatch was found, 2 usage (options, layouts, sizes), 3 input that cannot be read,
 4 refused (nothing was written), 130 interrupted."""
 INTERRUPTED, BUG = 130, 70
-NOT_AXES = frozenset(["path", "out", "to", "layouts", "names", "records", "workers", "progress"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,65 +64,6 @@ def _fail(code: int, text: str, table: dict[str, Any], arguments: Sequence[str])
     return code
 
 
-def _show(result: Any, as_json: bool) -> None:
-    """A result on stdout: its text, with names of unknown origin made harmless, or its JSON."""
-    click.echo(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else printable(str(result)))
-
-
-def _pairs(what: str) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], dict[str, str]]:
-    def parse(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-        out: dict[str, str] = {}
-        for value in values:
-            left, equals, right = (word.strip() for word in value.partition("="))
-            if not left or not equals or not right:
-                raise click.BadParameter(f"{value!r} is not {what}", context, parameter)
-            if out.setdefault(left, right) != right:
-                raise click.BadParameter(f"{left!r} is given twice", context, parameter)
-        return out
-
-    return parse
-
-
-def _sizes(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
-    out = {}
-    for name, size in _pairs("AXIS=NUMBER, e.g. h=32")(context, parameter, values).items():
-        if not size.isascii() or not size.isdecimal() or len(size) > 18:
-            raise click.BadParameter(f"the size of {name!r} must be a positive whole number, not {size!r}", context, parameter)
-        if name in NOT_AXES:
-            raise click.BadParameter(f"unknown axis {name!r}", context, parameter)
-        out[name] = int(size)
-    return out
-
-
-def _options(*wanted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options that several commands share, in the order of their help."""
-    every = {
-        "to": click.option("--to", required=True, metavar="TARGET", help="A layout, `split`, or `fused:LAYOUT`."),
-        "layouts": click.option(
-            "--layout", "layouts", multiple=True, metavar="GLOB=LAYOUT", callback=_pairs("NAME_GLOB=LAYOUT"),
-            help="How the rows of some tensors lie, where no config says; `LAYOUT @ 1` for weights stored [in, out].",
-        ),
-        "records": click.option(
-            "--records", metavar="FILE", help="Family records of your own, asked before ours (docs/add-a-family.md).",
-        ),
-        "names": click.option(
-            "--name", "names", multiple=True, metavar="OLD=NEW", callback=_pairs("OLD=NEW"),
-            help="Another name for an output tensor; `*` stands for the same text in both.",
-        ),
-        "sizes": click.option(
-            "-s", "--size", "sizes", multiple=True, metavar="AXIS=N", callback=_sizes, help="The size of an axis, e.g. -s h=32.",
-        ),
-        "as_json": click.option("--json", "as_json", is_flag=True, help="The result, or the error, as JSON."),
-    }  # fmt: skip
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        for name in reversed([*wanted, "sizes", "as_json"]):
-            function = every[name](function)
-        return function
-
-    return decorate
-
-
 @click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="triptych")
 def commands() -> None:
@@ -134,19 +72,21 @@ def commands() -> None:
 
 @commands.command("inspect")
 @click.argument("path")
-@_options("layouts", "records")
-def inspect_(path: str, layouts: dict[str, str], records: str | None, sizes: dict[str, int], as_json: bool) -> None:
+@options("layouts", "records", "check_weights")
+def inspect_(path: str, layouts: dict[str, str], records: str | None, check_weights: bool, sizes: dict[str, int], as_json: bool) -> None:
     """What the checkpoint PATH holds: family, and layout, sizes and rotary order of its projections."""
     from .checkpoint import inspect
+    from .formats import without_gc
 
-    _show(inspect(path, layouts=layouts, records=records, **sizes), as_json)
+    with without_gc():
+        show(inspect(path, layouts=layouts, records=records, check_weights=check_weights, **sizes), as_json)
 
 
 @commands.command("explain")
 @click.argument("layout")
 @click.argument("read_as", required=False)
 @click.option("--ascii", "plain", is_flag=True, help="No box drawing characters.")
-@_options()
+@options()
 def explain_(layout: str, read_as: str | None, plain: bool, sizes: dict[str, int], as_json: bool) -> None:
     """Draw which rows belong to whom in LAYOUT, or what every head receives when they are read as READ_AS."""
     from .picture import explain
@@ -160,90 +100,6 @@ def explain_(layout: str, read_as: str | None, plain: bool, sizes: dict[str, int
     width = min(shutil.get_terminal_size().columns, 120) if terminal else 80
     plain = plain or not (sys.stdout.encoding or "").lower().startswith("utf")
     click.echo(text(picture, width, plain, terminal and "NO_COLOR" not in os.environ), color=terminal)
-
-
-@commands.command("plan")
-@click.argument("path")
-@click.argument("out", required=False)
-@_options("to", "layouts", "names", "records")
-def plan_(
-    path: str,
-    out: str | None,
-    to: str,
-    layouts: dict[str, str],
-    names: dict[str, str],
-    records: str | None,
-    sizes: dict[str, int],
-    as_json: bool,
-) -> None:
-    """What converting PATH (to OUT) would do; nothing is written."""
-    from .plan import plan
-
-    _show(plan(path, to, out, layouts=layouts, names=names, records=records, **sizes), as_json)
-
-
-@commands.command("convert")
-@click.argument("path")
-@click.argument("out")
-@_options("to", "layouts", "names", "records")
-@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Files written at a time.")
-@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
-def convert_(
-    path: str,
-    out: str,
-    to: str,
-    layouts: dict[str, str],
-    names: dict[str, str],
-    records: str | None,
-    sizes: dict[str, int],
-    workers: int,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    """Write the checkpoint PATH to OUT with its projections turned into TARGET. The input is only read."""
-    from .plan import plan
-    from .run import run
-
-    made = plan(path, to, out, layouts=layouts, names=names, records=records, **sizes)
-    if dry_run:
-        _show(made, as_json)
-        return
-    for note in made.notes:
-        click.echo(f"note: {printable(note)}", err=True)
-    with _progress(made, quiet=as_json) as tick:
-        done = run(made, workers=workers, progress=tick)
-    _show(done, as_json)
-
-
-@commands.command("verify")
-@click.argument("path")
-@click.argument("out")
-@click.option("--to", metavar="TARGET", help="What OUT must be, as for convert, when its stamp alone shall not be believed.")
-@_options("layouts", "records")
-def verify_(
-    path: str, out: str, to: str | None, layouts: dict[str, str], records: str | None, sizes: dict[str, int], as_json: bool
-) -> None:
-    """Prove row by row that OUT holds what PATH holds."""
-    from .verify import verify
-
-    _show(verify(path, out, to, layouts=layouts, records=records, **sizes), as_json)
-
-
-@commands.command("detect")
-@click.argument("path")
-@click.argument("tensor", required=False)
-@_options()
-def detect_(path: str, tensor: str | None, sizes: dict[str, int], as_json: bool) -> None:
-    """Which layouts the fused weights of PATH (or those named TENSOR, a glob) have, by their values alone.
-
-    Evidence, never a decision: it may answer "cannot tell". -s h=12 -s g=4 tell the numbers of heads.
-    """
-    from .detect_files import detect_checkpoint
-
-    for axis in sizes:
-        if axis not in ("h", "g"):
-            raise click.BadParameter(f"weights are asked with h and g only, not {axis!r}")
-    _show(detect_checkpoint(path, tensor, heads=sizes.get("h"), kv_heads=sizes.get("g")), as_json)
 
 
 @commands.command("families")
@@ -303,19 +159,8 @@ def probe_(path: str, as_json: bool) -> None:
         click.echo(printable(f"{name}   {one}"))
 
 
-@contextmanager
-def _progress(made: Plan, quiet: bool) -> Iterator[Tick | None]:
-    """A bar on stderr while a person is looking."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=made.size)
-        yield lambda size: bar.advance(task, size)
+for _command in (plan_, convert_, verify_, diff_, detect_, lint_, shard_, merge_):
+    commands.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import rowmap
-from .blocks import GAP, Cell, Strip
+from .drawing import GAP, Cell, Strip
 from .layout import Layout, count
 from .sizes import Sizes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,20 +12,26 @@ from typing import Any
 import numpy as np
 
 from . import formats
-from .detect import Verdict, detect, pool
-from .errors import FormatError, PlanError
-from .evidence import Floats
+from .detect import CONFIDENT, GATE_UP, KV, QKV, Verdict, detect, pool
+from .errors import FormatError
 from .families.declare import LOOKS_FUSED
-from .formats import Tensor, torch_zip
+from .formats import Tensor
+from .samples import Numbers
 
 OUTPUTS = (
     "o_proj", "out_proj", "output.dense", "dense", "c_proj", "to_out.0", "to_out", "wo", "proj", "out", "o", "linear_proj", "attn_out",
     "attn_output", "projection", "output",
 )  # fmt: skip
 """Names of the output projection, in the module of the fused tensor or one above."""
-MAX_LAYERS = 32
-"""Layers of one kind that are looked at, spread evenly."""
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+DOWNS = ("down_proj", "w2", "dense_4h_to_h", "linear_fc2", "fc2", "wo", "ffn_down")
+"""Names of the projection behind gate and up."""
+QUERIES = ("q_proj", "query", "to_q", "Wq", "wq", "q", "linear_q", "q_linear")
+"""Names of the query projection beside fused k and v."""
+KEY_VALUES = ("key_value", "kv_linear", "Wkv", "wkv", "kv", "kv_proj", "to_kv", "linear_kv", "keys_values")
+GATED = ("gate_up_proj", "gate_up", "w13", "up_gate_proj")
+"""Last words of the names of tensors that hold k and v, or gate and up."""
+FIRST_LAYERS, MAX_LAYERS = 8, 32
+"""Layers of one kind that are looked at, spread evenly; more only where these say too little."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,14 @@ def detect_checkpoint(path: str | Path, tensor: str | None = None, *, heads: int
     """Which layouts the fused weights of a checkpoint have, by their values alone; config and stamps are not asked.
 
     Args:
-        path: a folder or a file: safetensors, or the zip file that torch.save writes.
+        path: a folder or a file: safetensors, GGUF, or the zip file that torch.save writes.
         tensor: a name or glob; without it all matrices whose names look fused.
         heads, kv_heads: how many, where known.
-    Raises FormatError (damaged files, no such tensor), PlanError (numbers of a tensor cannot be read).
+    Raises FormatError (damaged files, no such tensor), PlanError (numbers of a tensor cannot be read), MissingExtraError (GGUF's packed
+    types without the gguf package).
     """
-    root, tensors = _tensors(Path(path))
+    stored = formats.read(path)
+    root, tensors = stored.root, stored.tensors
     names = [name for name, one in tensors.items() if len(one.shape) == 2 and _wanted(name, tensor)]
     if not names:
         wanted = "a matrix named " + (tensor or "like qkv_proj, query_key_value, c_attn or in_proj_weight")
@@ -87,18 +95,46 @@ def detect_checkpoint(path: str | Path, tensor: str | None = None, *, heads: int
 
 
 def _kind(root: Path, star: str, names: list[str], tensors: Mapping[str, Tensor], heads: int | None, kv_heads: int | None) -> Kind:
-    chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(len(names), MAX_LAYERS)).astype(int))]
+    chosen = _spread(names, MAX_LAYERS)
     beside = {name: found for name in chosen if (found := output_of(name, tensors)) is not None}
     if len(beside) < len(chosen):
         beside = {}
-    verdicts = {}
-    for name in chosen:
-        weight, axis = _read(root, tensors[name]), packed_axis(tensors[name].shape)
-        o = _read(root, tensors[beside[name]]) if beside else None
-        bias = tensors.get(_bias_name(name))
-        rows = tensors[name].shape[axis]
-        verdicts[name] = detect(weight, o, _read(root, bias) if bias and bias.shape == (rows,) else None, heads, kv_heads, axis)
-    return Kind(star, pool(verdicts.values()), verdicts, beside)
+    verdicts: dict[str, Verdict] = {}
+    for few in (_spread(chosen, FIRST_LAYERS), chosen):
+        for name in few:
+            if name not in verdicts:
+                verdicts[name] = _verdict(root, tensors, name, beside.get(name), heads, kv_heads)
+        pooled = pool(verdicts.values())
+        if pooled.confidence == CONFIDENT:
+            break
+    return Kind(star, pooled, {name: verdicts[name] for name in chosen if name in verdicts}, beside)
+
+
+def _spread(names: list[str], count: int) -> list[str]:
+    return [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(len(names), count)).astype(int))]
+
+
+def _verdict(root: Path, tensors: Mapping[str, Tensor], name: str, beside: str | None, heads: int | None, kv_heads: int | None) -> Verdict:
+    kind, axis, bias = kind_of(name), packed_axis(tensors[name].shape), tensors.get(_bias_name(name))
+    o = _numbers(root, tensors, beside) if beside else None
+    q = _numbers(root, tensors, query) if kind == KV and (query := _beside(name, tensors, QUERIES, _is_query)) else None
+    values = _numbers(root, tensors, bias.name) if bias and bias.shape == (tensors[name].shape[axis],) else None
+    return detect(_numbers(root, tensors, name), o, values, heads, kv_heads, axis, parts=kind, q=q)
+
+
+def _numbers(root: Path, tensors: Mapping[str, Tensor], name: str) -> Numbers:
+    scale = tensors.get(f"{name}_scale_inv")
+    return Numbers(root, tensors[name], Numbers(root, scale) if scale is not None and len(scale.shape) == 2 else None)
+
+
+def kind_of(name: str) -> str:
+    """Which parts a tensor has, by its name.
+
+    >>> kind_of("layers.0.attn.kv_proj.weight"), kind_of("layers.0.mlp.gate_up_proj.weight"), kind_of("h.0.attn.c_attn.weight")
+    ('k|v', 'gate|up', 'q|k|v')
+    """
+    word = name.removesuffix(".weight").rpartition(".")[2]
+    return KV if word in KEY_VALUES else GATE_UP if word in GATED else QKV
 
 
 def packed_axis(shape: tuple[int, ...]) -> int:
@@ -111,16 +147,25 @@ def packed_axis(shape: tuple[int, ...]) -> int:
 
 
 def output_of(name: str, tensors: Mapping[str, Tensor]) -> str | None:
-    """The output projection of the layer that a fused tensor belongs to, by its name and shape; or None."""
-    shape = tensors[name].shape
-    axis = packed_axis(shape)
-    module = name.removesuffix(".weight").rpartition(".")[0]
+    """The output projection of the layer that a fused tensor belongs to, by its name and shape, or down beside gate and up; or None."""
+    return _beside(name, tensors, DOWNS if kind_of(name) == GATE_UP else OUTPUTS, _is_output)
+
+
+def _is_output(fused: Tensor, other: Tensor, axis: int) -> bool:
+    narrow = other.shape[1 - axis] < fused.shape[axis] or kind_of(fused.name) == KV
+    return other.shape[axis] == fused.shape[1 - axis] and narrow
+
+
+def _is_query(fused: Tensor, other: Tensor, axis: int) -> bool:
+    return other.shape[1 - axis] == fused.shape[1 - axis]
+
+
+def _beside(name: str, tensors: Mapping[str, Tensor], ends: tuple[str, ...], fits: Callable[[Tensor, Tensor, int], bool]) -> str | None:
+    fused, module = tensors[name], name.removesuffix(".weight").rpartition(".")[0]
     for home in (module, module.rpartition(".")[0]):
-        for end in OUTPUTS:
+        for end in ends:
             found = tensors.get(f"{home}.{end}.weight" if home else f"{end}.weight")
-            if found is None or found.name == name or len(found.shape) != 2:
-                continue
-            if found.shape[axis] == shape[1 - axis] and found.shape[1 - axis] < shape[axis]:
+            if found is not None and found.name != name and len(found.shape) == 2 and fits(fused, found, packed_axis(fused.shape)):
                 return found.name
     return None
 
@@ -128,7 +173,7 @@ def output_of(name: str, tensors: Mapping[str, Tensor]) -> str | None:
 def _wanted(name: str, pattern: str | None) -> bool:
     if pattern is not None:
         return fnmatchcase(name, pattern)
-    return name.removesuffix(".weight").rpartition(".")[2] in LOOKS_FUSED and not name.endswith("bias")
+    return name.removesuffix(".weight").rpartition(".")[2] in (*LOOKS_FUSED, *GATED) and not name.endswith("bias")
 
 
 def _star(name: str) -> str:
@@ -137,24 +182,3 @@ def _star(name: str) -> str:
 
 def _bias_name(name: str) -> str:
     return name.removesuffix("weight") + "bias"
-
-
-def _tensors(path: Path) -> tuple[Path, Mapping[str, Tensor]]:
-    if path.is_file() and path.suffix in torch_zip.SUFFIXES:
-        return path.parent, {one.name: one for one in torch_zip.read(path).header.tensors}
-    stored = formats.read(path)
-    return stored.root, stored.tensors
-
-
-def _read(root: Path, tensor: Tensor) -> Any:
-    """[shape] floats of a tensor, mapped and not copied but for BF16."""
-    if tensor.dtype not in DTYPES:
-        raise PlanError("statistics need numbers", tensor=tensor.name, file=tensor.file, found=tensor.dtype, expected=", ".join(DTYPES))
-    raw: Any = np.memmap(root / tensor.file, DTYPES[tensor.dtype], "r", offset=tensor.start, shape=tensor.shape)
-    return _widened(raw) if tensor.dtype == "BF16" else raw
-
-
-def _widened(bits: Any) -> Floats:
-    """bfloat16, given as its bits, in float32: the same numbers."""
-    floats: Floats = (bits.astype(np.uint32) << 16).view(np.float32)
-    return floats

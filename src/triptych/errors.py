@@ -23,6 +23,9 @@ SizeError: rows do not fill the layout
 
 from __future__ import annotations
 
+MAX_FIELD = 10_000
+"""Letters of one field that are shown; a layout of the greatest length, underlined, takes most of them."""
+
 
 class TriptychError(Exception):
     """Root of all errors of this package: `what` is the headline, `fields` the labelled lines (label -> text)."""
@@ -35,7 +38,7 @@ class TriptychError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        return "\n".join([self.what, *(_line(k, v) for k, v in self.fields.items())])
+        return "\n".join([cut(self.what, MAX_FIELD), *(_line(k, v) for k, v in self.fields.items())])
 
     def text(self) -> str:
         """The whole message, as the command line prints it."""
@@ -57,7 +60,7 @@ def _rebuild(kind: type[TriptychError], what: str, fields: dict[str, object]) ->
 
 
 def _line(label: str, value: object) -> str:
-    first, *rest = printable(str(value)).split("\n")
+    first, *rest = cut(printable(str(value)), MAX_FIELD).split("\n")
     return "\n".join([f"  {label:<8} {first}".rstrip(), *(" " * 11 + line for line in rest)])
 
 
@@ -67,7 +70,19 @@ def printable(text: str) -> str:
     >>> printable("a\x1b[31m")
     'a\\x1b[31m'
     """
+    if text.isprintable():
+        return text
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def cut(text: str, most: int = 80) -> str:
+    """Text of unknown length, its middle left out when it has more than `most` letters.
+
+    >>> cut("abcdefghijk", 9)
+    'abc...ijk'
+    """
+    side = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:side]}...{text[-side:]}"
 
 
 class LayoutError(TriptychError, ValueError):

@@ -1,15 +1,20 @@
 """What trained weights say for one way of reading their rows: nats for q against k, and for v against the output projection.
 
 Training balances the factors of a product, and attention has two for each head: q with k, and v with the output projection o. So the
-cosines between rows of q resemble those between the same rows of k, head by head, and rows of v those of columns of o, which always lie
-in plain (head, dim) order. A statistic counts only as far as it beats its controls: the same rows a little shifted, and pairs of parts
-that nothing balances.
+cosines between rows of q resemble those between the same rows of k, head by head; rows of v those of columns of o, which always lie in
+plain (head, dim) order; and rows that belong together share directions of the residual stream. A statistic counts only as far as it
+beats its controls: the same rows a little shifted, the heads one further, and pairs of parts that nothing balances. The rows of gate
+and up are judged in the same way, with the down projection in the place of o.
+
+Cost of one reading: O(rows looked at * WINDOW * COLUMNS) for the Gram matrices of its windows, at most 4 * WINDOWS of them; a role that
+several readings share is computed once.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -26,172 +31,207 @@ WINDOW, WINDOWS = 256, 4
 OFFSETS = (*range(1, 17), *range(19, 65, 3))
 """Distances of the neighbours that are compared."""
 SHIFTS = (1, 2, 3)
+REMEMBERED = 96
+"""Roles kept for the readings that share them."""
+NEXT = "+"
+"""Marks a role whose heads are moved on by one."""
 TINY = 1e-20
+UNMATCHED = (("q", "v"), ("k", "v"), ("q", "o"), ("k", "o"))
 
 
 class Nats(NamedTuple):
-    """Evidence in nats: `qk` of q against k and `vo` of v against o, both above controls.
+    """Evidence in nats above controls: `qk` of q against k, `vo` of v against o.
 
-    `heads` is what numbering the heads in this way explains of both beyond that, for each head dim that was tried.
+    `law` is how well the norms of the two sides of a product
+    agree; it is what tells k from one of several query heads, and up from gate.
     """
 
     qk: float
     vo: float
-    heads: tuple[float, ...]
+    law: float
 
 
 class Reading(NamedTuple):
-    """Rows as a layout reads them. Column j is one dim of one kv head: q [r, j] the query rows that share it, k and v [j], o [r, j].
+    """Rows as a layout reads them. Position j is one dim of one kv head: q [r, j] the query rows that share it, k and v [j], o [r, j].
 
-    `heads` [n, j] are ways to number the heads, one for every head dim to try. Readings of one `alignment` set the same rows of q, k
-    and v side by side, and differ in how they number them.
+    Positions go by head and dim, `d` to a head; with d = 0 heads are not known, and positions go by the rows of k. q is None where the
+    weight has none and nothing stands in for it. For an MLP q is gate, k and v are both up, o is down.
     """
 
-    q: Rows
+    q: Rows | None
     k: Rows
     v: Rows
     o: Rows
-    heads: Rows
-
-    @property
-    def alignment(self) -> bytes:
-        return bytes(str(self.q.shape), "ascii") + np.concatenate([np.sort(self.q, axis=0).ravel(), self.k, self.v]).tobytes()
+    d: int
 
 
-class _Role(NamedTuple):
-    """Unit vectors [r, windows, window, columns] and the cosines of neighbours [offset, windows, window], summed over r."""
+class Role(NamedTuple):
+    """Rows of one part: unit vectors [r, windows, window, columns], and the cosines of neighbours, summed over r.
+
+    `bands` [2, 1 + SHIFTS, pairs] has them and their absolute values, each again for rows that lie a little further on, about their
+    mean and of length 1.
+    """
 
     unit: Floats
-    band: Floats
-
-
-class _Counted(NamedTuple):
-    """Nats of one pair of roles for each way to number the heads: above controls, and what the numbering explains."""
-
-    above: NDArray[np.float64]
-    heads: NDArray[np.float64]
+    bands: Floats
 
 
 @dataclass
 class Evidence:
-    """A fused weight [rows, columns] and the output projection's columns [h * d, columns], on columns of the residual stream.
+    """A fused weight [rows, columns], the output projection's columns [h * d, columns] and q's rows [h * d, columns] where q is apart.
 
-    `shared`: these columns are the same ones, so that rows of v can be compared with columns of o.
+    `shared`: all have the same columns of the residual stream, so that rows of v can be compared with columns of o.
     """
 
     weight: Floats
-    o: Floats | None
-    shared: bool
-    seen: dict[object, _Role] = field(default_factory=dict)
-    counted: dict[object, _Counted] = field(default_factory=dict)
+    o: Floats | None = None
+    query: Floats | None = None
+    shared: bool = True
+    mlp: bool = False
+    size: int = WINDOW
+    looks: int = WINDOWS
+    seen: dict[object, Role] = field(default_factory=dict)
+    nulls: dict[bool, float] = field(default_factory=dict)
 
     def of(self, reading: Reading) -> Nats:
-        """The evidence for one reading, at the head dim that explains most."""
-        at = _windows(len(reading.k))
-        roles = {
-            name: self._role(self.weight, rows, at) for name, rows in (("q", reading.q), ("k", reading.k[None]), ("v", reading.v[None]))
-        }
-        if self.o is not None:
-            roles["o"] = self._role(self.o, reading.o, at)
-        key = (*(index.tobytes() for index in (reading.q, reading.k, reading.v, reading.heads)), reading.q.shape)
-        if key not in self.counted:
-            self.counted[key] = _pair("q", "k", roles, reading.heads[:, at], self.shared)
-        qk = self.counted[key]
-        vo = _pair("v", "o", roles, reading.heads[:, at], self.shared) if "o" in roles else _Counted(0 * qk.above, 0 * qk.heads)
-        heads = qk.heads + vo.heads
-        best = int(heads.argmax())
-        return Nats(float(qk.above[best]), float(vo.above[best]), tuple(heads.tolist()))
+        """The evidence for one reading."""
+        roles = self._roles(reading)
+        order, direct = [], []
+        for a, b in (("q", "k"), ("v", "o")):
+            pairs = [(a, b, shift) for shift in (0, *SHIFTS)] + [(x, y, 0) for x, y in (() if self.mlp else UNMATCHED)]
+            pairs = [(x, y, shift) for x, y, shift in (*pairs, (a, b + NEXT, 0)) if x in roles and y in roles]
+            there = a in roles and b in roles
+            order.append(_grams(roles, pairs) if there else 0.0)
+            direct.append(self._direct(roles, pairs) if there and self.shared else 0.0)
+        return Nats(order[0] + direct[0], order[1] + direct[1], self._law(reading))
 
-    def _role(self, matrix: Floats, rows: Rows, at: Rows) -> _Role:
-        key = (matrix is self.o, rows.shape, rows.tobytes())
+    def rows(self, reading: Reading, stop: int) -> list[tuple[Floats, Floats]]:
+        """Rows [r, stop, columns] of the roles that belong together, pair by pair."""
+        found = []
+        if reading.q is not None:
+            query = self.weight if self.query is None else self.query
+            found.append((query[reading.q[:, :stop]], self.weight[None, reading.k[:stop]]))
+        if self.o is not None:
+            found.append((self.weight[None, reading.v[:stop]], self.o[reading.o[:, :stop]]))
+        return found
+
+    def _roles(self, reading: Reading) -> dict[str, Role]:
+        """The roles that the matrices have; those of the next head too, where several query heads share a kv head."""
+        query, (ratio, length) = self.weight if self.query is None else self.query, reading.o.shape
+        at = windows(length, ratio, self.size, self.looks)
+        wanted: dict[str, tuple[Floats | None, Rows | None]] = {"q": (query, reading.q), "k": (self.weight, reading.k[None])}
+        wanted |= {"v": (self.weight, reading.v[None]), "o": (self.o, reading.o)}
+        if 0 < reading.d < length and ratio > 1:
+            moved = (("k", self.weight, reading.k[None]), ("o", self.o, reading.o))
+            wanted |= {name + NEXT: (matrix, np.roll(rows, -reading.d, axis=1)) for name, matrix, rows in moved}
+        return {name: self._role(matrix, rows[:, at]) for name, (matrix, rows) in wanted.items() if matrix is not None and rows is not None}
+
+    def _role(self, matrix: Floats, rows: Rows) -> Role:
+        key = (id(matrix), rows.shape, rows.tobytes())
         if key not in self.seen:
-            self.seen[key] = _look(matrix[rows[:, at]])
+            if len(self.seen) >= REMEMBERED:
+                self.seen.clear()
+            self.seen[key] = _look(matrix[rows])
         return self.seen[key]
 
+    def _direct(self, roles: dict[str, Role], pairs: list[tuple[str, str, int]]) -> float:
+        null = self._null(pairs[0][1] == "o")
+        return _above([_cosines(roles[x].unit, roles[y].unit, shift, null) for x, y, shift in pairs])
 
-def _windows(length: int) -> Rows:
-    """[windows, window] positions that are looked at, spread evenly."""
-    count = min(WINDOWS, -(-length // WINDOW))
-    size = min(WINDOW, length // count)
+    def _law(self, reading: Reading) -> float:
+        """How well norms of up follow those of down's columns, or those of k the sum over its query heads; in nats.
+
+        Of a rotated head only the norm of a rotary pair is balanced, so both ways to pair dims are tried. Heads are compared within
+        themselves: the level of a whole head says little.
+        """
+        query = self.weight if self.query is None else self.query
+        if self.mlp:
+            if self.o is None:
+                return 0.0
+            one, other = _squares(self.weight)[reading.v], _squares(self.o)[reading.o].sum(axis=0)
+        elif reading.q is None:
+            return 0.0
+        else:
+            one, other = _squares(self.weight)[reading.k], _squares(query)[reading.q].sum(axis=0)
+        heads = [x.reshape(-1, reading.d or x.size) for x in (one, other)]
+        ways = [heads]
+        if reading.d and reading.d % 2 == 0:
+            ways += [[x.reshape(len(x), 2, -1).sum(axis=1) for x in heads], [x.reshape(len(x), -1, 2).sum(axis=2) for x in heads]]
+        return max(_agreement(*way) for way in ways)
+
+    def _null(self, with_o: bool) -> float:
+        """The mean cos^2 of two rows that have nothing to do with each other."""
+        if with_o not in self.nulls:
+            rng = np.random.default_rng(0)
+            a, b = self.weight, self.o if with_o and self.o is not None else self.weight
+            x, y = a[rng.integers(len(a), size=2048)], b[rng.integers(len(b), size=2048)]
+            lengths = np.einsum("ij,ij->i", x, x) * np.einsum("ij,ij->i", y, y)
+            cosines = np.einsum("ij,ij->i", x, y) ** 2 / (lengths + TINY)
+            self.nulls[with_o] = float(cosines[cosines < 0.98].mean()) + TINY
+        return self.nulls[with_o]
+
+
+def windows(length: int, ratio: int = 1, size: int = WINDOW, looks: int = WINDOWS) -> Rows:
+    """[windows, window] positions that are looked at, spread evenly; fewer where several query heads stand for each."""
+    count = min(max(looks // ratio, 1), -(-length // size))
+    size = min(size, length // count)
     starts = np.linspace(0, length - size, count).astype(np.int64)
     return starts[:, None] + np.arange(size)[None, :]
 
 
-def _look(rows: Floats) -> _Role:
+def _look(rows: Floats) -> Role:
     norms = np.einsum("rwic,rwic->rwi", rows, rows)
     grams = (rows @ rows.swapaxes(-1, -2)).sum(axis=0)
     scale = np.sqrt(norms.sum(axis=0)) + TINY
-    band = np.zeros((len(OFFSETS), *scale.shape), np.float32)
-    for i, s in enumerate(OFFSETS):
-        if s < scale.shape[1]:
-            band[i, :, :-s] = np.diagonal(grams, s, -2, -1) / (scale[:, :-s] * scale[:, s:])
-    return _Role(rows / (np.sqrt(norms)[..., None] + TINY), band)
+    grams /= scale[:, :, None] * scale[:, None, :]
+    near = _neighbours(scale.shape[1])
+    bands = grams.reshape(len(grams), -1).take(near, axis=1).swapaxes(0, 1).reshape(len(near), -1)
+    plain = np.stack([bands, np.abs(bands)])
+    plain -= plain.mean(axis=-1, keepdims=True)
+    plain /= np.sqrt(np.einsum("tsi,tsi->ts", plain, plain))[..., None] + TINY
+    return Role(rows / (np.sqrt(norms)[..., None] + TINY), plain)
 
 
-def _pair(a: str, b: str, roles: dict[str, _Role], heads: Rows, shared: bool) -> _Counted:
-    """Nats of one pair of roles, for each way to number the heads."""
-    compared = [(roles[a], roles[b], shift) for shift in (0, *SHIFTS)]
-    compared += [(roles[x], roles[y], 0) for x, y in (("q", "v"), ("k", "v"), ("q", "o"), ("k", "o")) if x in roles and y in roles]
-    inside, valid = _inside(heads)
-    x = np.stack([role.band[valid] for role, _, _ in compared])
-    y = np.stack([np.roll(role.band, -shift, axis=-1)[valid] for _, role, shift in compared])
-    above, explained = np.zeros(len(heads)), np.zeros(len(heads))
-    for pooled, gains, levels in (_gram(x, y, inside), _gram(np.abs(x), np.abs(y), inside)):
-        above += pooled[0] - pooled[1:].max() + np.maximum(gains[:, 0] - gains[:, 1:].max(axis=1), 0.0)
-        explained += levels
-    if shared:
-        above += _direct([_cosines(one.unit, other.unit, shift) for one, other, shift in compared])
-    return _Counted(above, explained)
+@lru_cache(maxsize=16)
+def _neighbours(size: int) -> Rows:
+    """[1 + SHIFTS, pairs] places in a flat [size, size] matrix of pairs of rows at all OFFSETS, and the same a little further on."""
+    stop = max(size - max(SHIFTS), 0)
+    first = np.concatenate([np.arange(stop - s) for s in OFFSETS if s < stop] or [np.zeros(0, np.int64)])
+    second = np.concatenate([np.arange(s, stop) for s in OFFSETS if s < stop] or [np.zeros(0, np.int64)])
+    return np.stack([(first + i) * size + second + i for i in (0, *SHIFTS)])
 
 
-def _inside(heads: Rows) -> tuple[Floats, NDArray[np.bool_]]:
-    """[n, pairs]: 1 where both rows lie in one head; and [offset, windows, window]: the pairs that are there, shifted too."""
-    _, windows, size = heads.shape
-    valid = np.zeros((len(OFFSETS), windows, size), np.bool_)
-    same = np.zeros((len(heads), *valid.shape), np.float32)
-    for i, s in enumerate(OFFSETS):
-        if s + max(SHIFTS) < size:
-            valid[i, :, : -s - max(SHIFTS)] = True
-            same[:, i, :, :-s] = heads[:, :, :-s] == heads[:, :, s:]
-    return same[:, valid], valid
+def _above(values: list[float]) -> float:
+    return max(values[0] - max(values[1:]), 0.0)
 
 
-def _gram(x: Floats, y: Floats, inside: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Nats of cosines [compared, pairs] of one role against those of another, with `inside` [n, pairs].
-
-    Returns: those of their correlation [compared]; what the correlations gain when pairs within and across heads are taken apart
-    [n, compared]; and what the two Gaussians gain in all when they are, for the first of those compared [n].
-    """
-    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
-    masks = np.concatenate([np.ones_like(inside[:1]), inside])
-    terms = (np.ones_like(x), x, y, x * x, y * y, x * y)
-    sums = np.stack([masks @ term.T for term in terms], axis=-1).astype(np.float64)
-    whole, within = sums[0], sums[1:]
-    (pooled, spread), (near, near_spread), (far, far_spread) = _information(whole), _information(within), _information(whole - within)
-    return pooled, near + far - pooled, (spread - near_spread - far_spread)[:, 0]
+def _grams(roles: dict[str, Role], pairs: list[tuple[str, str, int]]) -> float:
+    """Nats of the cosines of neighbours, signed and absolute: -n/2 log(1 - r^2) of the first pair above the others."""
+    total = 0.0
+    for sign in (0, 1):
+        found = [float(roles[x].bands[sign, 0] @ roles[y].bands[sign, shift]) for x, y, shift in pairs]
+        count = roles[pairs[0][0]].bands.shape[-1]
+        total += _above([-count / 2 * math.log1p(-min(r * r, 0.999999)) for r in found])
+    return total
 
 
-def _information(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """From [..., 6] sums of 1, x, y, x^2, y^2, x y over n pairs: -n/2 log(1 - r^2) and n/2 log(determinant of the covariance), in nats."""
-    n = sums[..., 0]
-    mean = sums / np.maximum(n, 1)[..., None]
-    xx, yy = np.maximum(mean[..., 3] - mean[..., 1] ** 2, TINY), np.maximum(mean[..., 4] - mean[..., 2] ** 2, TINY)
-    rest = np.log1p(-np.clip((mean[..., 5] - mean[..., 1] * mean[..., 2]) ** 2 / (xx * yy), 0, 0.999999))
-    return np.where(n < 8, 0.0, -n / 2 * rest), np.where(n < 8, 0.0, n / 2 * (rest + np.log(xx) + np.log(yy)))
-
-
-def _cosines(a: Floats, b: Floats, shift: int) -> NDArray[np.float64]:
-    """Cosines of the rows of two roles, each head of q or o against its kv head."""
+def _cosines(a: Floats, b: Floats, shift: int, null: float) -> float:
+    """How far the cosines of rows, each head of q or o against its kv head, are from chance: another mean, a larger variance; in nats."""
     stop = a.shape[2] - max(SHIFTS)
-    found: NDArray[np.float64] = np.einsum("rwic,rwic->rwi", a[:, :, :stop], b[:, :, shift : shift + stop]).ravel().astype(np.float64)
+    cosines = np.einsum("rwic,rwic->rwi", a[:, :, :stop], b[:, :, shift : shift + stop]).ravel()
+    square = float(cosines.mean()) ** 2
+    spread = max((float(cosines @ cosines) / cosines.size - square) / null, 1.0)
+    return float(cosines.size / 2 * (square / null + spread - 1 - math.log(spread)))
+
+
+def _squares(matrix: Floats) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = np.einsum("ij,ij->i", matrix, matrix).astype(np.float64)
     return found
 
 
-def _direct(cosines: list[NDArray[np.float64]]) -> float:
-    """How far the cosines of a pair are from those of its controls: a Gaussian of another mean and a larger variance, in nats."""
-    null = float(np.mean([np.mean(control**2) for control in cosines[1:]])) + TINY
-    values = []
-    for cosine in cosines:
-        spread = max(float(cosine.var()) / null, 1.0)
-        values.append(cosine.size / 2 * (float(cosine.mean()) ** 2 / null + spread - 1 - math.log(spread)))
-    return values[0] - max(values[1:])
+def _agreement(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Nats of the correlation of [heads, dims] log norms^2, each head about its mean; 0 where it is negative."""
+    x, y = (np.log(z + TINY) - np.log(z + TINY).mean(axis=1, keepdims=True) for z in (one, other))
+    product = float((x * y).sum())
+    square = product**2 / max(float((x * x).sum() * (y * y).sum()), TINY)
+    return float(-(x.size - len(x)) / 2 * math.log1p(-min(square, 0.999999))) if product > 0 else 0.0

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from . import render_html, render_text, rowmap
-from .blocks import GAP, Block, Cell, Code, Facts, Note, Table
 from .catalog import USUAL
 from .columns import Labels, labels, name_of, strip
+from .drawing import GAP, Block, Cell, Code, Facts, Note, Table
 from .errors import IncompatibleError, SizeError
 from .layout import Axis, Layout, count, equation
 from .render_code import convert_lines, part_line, read_lines, variables

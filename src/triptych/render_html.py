@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from .blocks import Block, Cell, Code, Drawable, Facts, Note, Sample, Strip, Table
+from .drawing import Block, Cell, Code, Drawable, Facts, Note, Sample, Strip, Table
 
 COLOURS = ("#cfe8ff", "#ffe9b8", "#ecd3ff", "#d3f2d0", "#ffd6d6", "#d8f0f0", "#eee0cc", "#e3e3e3")
 MOODS = {"bad": ' style="color:#b00020"', "good": ' style="color:#1b7f3b"'}

@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from .blocks import GAP, Block, Cell, Code, Drawable, Facts, Note, Sample, Strip, Table
+from .drawing import GAP, Block, Cell, Code, Drawable, Facts, Note, Sample, Strip, Table
 from .errors import printable
 
 COLOURS = (36, 33, 35, 32, 34, 96, 93, 95)

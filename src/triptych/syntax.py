@@ -239,7 +239,7 @@ class _Parser:
                 zero = True
                 break
             names.append(self._part())
-        if names == ["_"]:
+        if names == ["_"] and not zero:
             names = []
         elif "_" in names:
             raise self.fail("`_` has no name and no role", word)
