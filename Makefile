@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test check bench bench-decode families soak soak-crash clean
+.PHONY: help demo test check bench bench-convert bench-decode scale families soak soak-crash soak-fuzz clean
 help:
 	@echo "make demo    the main job on real trained weights, and the puzzle"
 	@echo "make test    the test suite"
@@ -11,7 +11,7 @@ help:
 	@echo "make bench   speed, as ratios against named peers; make bench-decode a decode step over a cache"
 	@echo "make detect-report  how far verdicts from weights can be trusted; writes docs/detection.md"
 	@echo "make families  every family record against the model's own code; writes docs/families.md"
-	@echo "make soak    long campaigns; make soak-crash kills conversions"
+	@echo "make soak    long campaigns; make soak-crash kills conversions; make soak-fuzz fuzzes every parser"
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,8 +40,19 @@ bench: .venv/.ready
 bench-decode: .venv/.ready
 	$(BIN)/python bench/decode.py
 
+scale: .venv/.ready
+	$(BIN)/python bench/scale.py --write
+
 detect-report: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.detect_report --write
+
+bench-convert: .venv/.ready
+	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --peers
+	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --no-sync
+	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --to "h d (q|k|v)"
+	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --format bin
+	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --format gguf
+	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --ranks 4
 
 families: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families_report
@@ -53,6 +64,9 @@ soak: .venv/.ready
 soak-crash: .venv/.ready
 	$(BIN)/python bench/soak_crash.py --write
 	$(BIN)/python bench/power_loss.py --write
+
+soak-fuzz: .venv/.ready
+	$(BIN)/python bench/fuzz.py all --write
 
 clean:
 	rm -rf .venv .demo .bench build dist src/*.egg-info

@@ -230,6 +230,7 @@ def _torch() -> Iterable[tuple[str, Callable[[Path], Path], tuple[str, int], str
     doubling = b"q\0" + b"0" + table(a=b"h\0", b=b"h\0")
     yield "pickle: doubled forty times", pickled(table(w=tensor()) + doubling * 40), bad, "too deeply"
     yield "pickle: doubled twenty times", pickled(table(w=tensor()) + doubling * 20), bad, "too much"
+    yield "pickle: doubled thirteen times", pickled(table(w=tensor()) + doubling * 13), bad, "too much"
     yield "pickle: keys doubled sixty times", pickled(b"}(K\1" + b"q\0h\0\x86" * 60 + tensor() + b"u"), no, "without running code"
     pairs = b"ccollections\nOrderedDict\nq\0](" + b"K\1K\2\x86" * 100_000 + b"e\x85q\1"
     yield "pickle: pairs copied again and again", large(lambda: pairs + b"h\0h\1R0" * 100_000), bad, "too long"

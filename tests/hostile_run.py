@@ -88,8 +88,9 @@ def run(case: Case) -> dict[str, Any]:
         result, used, status = apart(lambda: read(case.kind, Path(path)))
         os.chdir("/")
         after = state(Path(name))
+    killed = {"error": "killed", "exit": None, "told": "", "lines": 0, "letters": 0, "did": []}
     return {"name": case.name, "seconds": used.ru_utime + used.ru_stime, "megabytes": used.ru_maxrss / 1024, "status": status,
-            "changed": before != after, **(result or {"error": "killed", "exit": None, "told": "", "lines": 0, "letters": 0, "did": []})}  # fmt: skip
+            "changed": before != after, **(result or killed)}  # fmt: skip
 
 
 def warm_up() -> None:

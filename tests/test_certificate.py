@@ -175,6 +175,21 @@ def test_the_command(pair: tuple[Path, Path, dict[str, str]], tmp_path: Path, ca
         tt.check_certificate(tmp_path / "no.json", out)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"axis": 9}, {"axis": 1 << 40}, {"sizes": {"h": 1 << 40, "g": 1, "d": 1}}, {"shape": []}, {"shape": [1 << 40, IN]}]
+)
+def test_numbers_that_nothing_has(pair: tuple[Path, Path, dict[str, str]], tmp_path: Path, wrong: dict[str, object]) -> None:
+    """Without the input nobody else says how large it was: no memory is taken, and no rows are listed, on the certificate's word."""
+    path, out, given = pair
+    tt.convert(path, out, "split", layouts=given, **SIZES)
+    table = tt.certify(path, out, layouts=given, **SIZES).to_dict()
+    one = next(one["source"] for one in table["projections"] if "x.a.weight" in one["source"]["tensors"])
+    (table["source"]["tensors"]["x.a.weight"] if "shape" in wrong else one).update(wrong)
+    (tmp_path / "c.json").write_text(json.dumps(table))
+    with pytest.raises(FormatError, match="makes no sense"):
+        tt.check_certificate(tmp_path / "c.json", out)
+
+
 def test_of_several_errors_the_first_is_raised() -> None:
     def work(item: int) -> int:
         if item > 2:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import triptych as tt
@@ -142,6 +142,30 @@ def test_an_index_is_what_json_indents(weight_map: dict[str, str], metadata: dic
     table = {"metadata": {**metadata, "total_size": 7}, "weight_map": dict(sorted(weight_map.items()))}
     want = (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
     assert b"\xed\xa0" in want or index_bytes(weight_map, 7, metadata) == want
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=50)
+@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=4), st.booleans())
+def test_json_in_which_no_key_stands_twice(table: dict[str, Any], escaped: bool) -> None:
+    raw = json.dumps(table, ensure_ascii=escaped).encode()
+    assert safetensors.parse_json(raw, "x") == table and safetensors._texts(table) == safetensors._quoted(raw)
+
+
+@pytest.mark.parametrize("text, key", [
+    ('{"a": 1, "a": 1}', "a"), ('{"x": [[], {"b": [{"c": "y", "c": "y"}]}], "d": {}}', "c"), (r'{"a\"": 1, "a\u0022": 2}', 'a"'),
+    (r'{"e\\": "\\", "e\u005c": "\""}', "e\\"), ('{"": {"f": "f"}, "": {}}', ""),
+], ids=["flat", "nested", "escaped quote", "escaped backslash", "empty"])  # fmt: skip
+def test_a_key_that_stands_twice_is_named(text: str, key: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        safetensors.parse_json(text.encode(), "x")
+    assert caught.value.fields["found"] == f"the key {key!r} stands twice"
 
 
 # Memory

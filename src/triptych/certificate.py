@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from . import formats, ranges, stamp
 from .errors import FormatError, LayoutError, MismatchError, PlanError
 from .formats import Stored, Tensor
-from .layout import Layout
+from .layout import Layout, count
 from .listing import origins
 from .packed import Packed
 from .pieces import in_bytes
@@ -31,7 +31,7 @@ from .ranges import Ranges
 from .sizes import Sizes, bind
 from .verify import Proof, prove
 
-VERSION = 1
+VERSION, MAX_ROWS = 1, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def check_certificate(certificate: str | Path, out: str | Path, source: str | Pa
     table = formats.read_json(Path(certificate))
     try:
         return _check(table, str(certificate), out, source)
-    except (KeyError, TypeError, ValueError, AttributeError, LayoutError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, LayoutError) as error:
         if isinstance(error, FormatError):
             raise
         found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -162,11 +162,15 @@ def _put_back(one: Mapping[str, Any], told: Mapping[str, Any], reader: Ranges) -
     old, new = one["source"], one["output"]
     axis = old["axis"]
     layouts = [tuple(Layout(text) for text in side["tensors"].values()) for side in (old, new)]
+    shapes = [told[name]["shape"] for name in old["tensors"]]
+    _must_fill(layouts[0], _sizes(old), axis, shapes)
+    _must_fill(layouts[1], _sizes(new), new["axis"], [reader.tensors[name].shape for name in new["tensors"]])
     found = origins(layouts[0], layouts[1], _sizes(old), _sizes(new))
     if isinstance(found, str):
         raise MismatchError("the layouts of the certificate do not hold the same rows", tensor=next(iter(new["tensors"])), found=found)
     tables = [_rows(reader, reader.tensors[name], axis, new["axis"]) for name in new["tensors"]]
-    shapes = [told[name]["shape"] for name in old["tensors"]]
+    if any(math.prod(shape[:axis]) != len(tables[0]) for shape in shapes):
+        raise ValueError(f"shapes of {shapes} in the input")
     back = [np.zeros((math.prod(shape[:axis]), shape[axis], tables[0].shape[2]), np.uint8) for shape in shapes]
     for again in (False, True):  # rows that are one in the input may be several in the output
         for name, table, origin in zip(new["tensors"], tables, found, strict=True):
@@ -183,6 +187,13 @@ def _put_back(one: Mapping[str, Any], told: Mapping[str, Any], reader: Ranges) -
             raise MismatchError("the output's rows, put back in their old order, are not those of the input", tensor=name,
                                 expected=f"sha256 {told[name]['sha256']}")  # fmt: skip
     return sum(len(origin.rows) for origin in found)
+
+
+def _must_fill(layouts: Iterable[Layout], sizes: Sizes, axis: int, shapes: Iterable[Sequence[int]]) -> None:
+    """That shapes fill their layouts, with no more rows than can be listed. Raises ValueError."""
+    for layout, shape in zip(layouts, shapes, strict=True):
+        if shape[axis] != count(layout.factors, sizes) or shape[axis] > MAX_ROWS:
+            raise ValueError(f"a shape of {shape} for {layout} with {sizes.of(layout)}")
 
 
 def _rows(reader: Ranges, tensor: Tensor, axis: int, packed: int) -> NDArray[np.uint8]:

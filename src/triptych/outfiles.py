@@ -126,10 +126,11 @@ def placed_file(name: str, steps: list[Step], metadata: dict[str, str], stamps: 
 
 def _same_head(path: Path, file: Header, steps: Sequence[Step]) -> OutFile:
     """A GGUF file made from one with the same tensors: its head is copied, so each tensor keeps its name, shape and place."""
-    for old, step in itertools.zip_longest(file.tensors, steps):
-        if old is None or step is None or old[:3] != step[:3]:
-            name = (step or old)[0]
-            raise PlanError("a GGUF file keeps its tensors: rows can move in each, not between them", tensor=name, file=file.file)
+    made = {step.tensor: step for step in steps}
+    for old in file.tensors:
+        if old.name not in made or made[old.name][1:3] != old[1:3]:
+            raise PlanError("a GGUF file keeps its tensors: rows can move in each, not between them", tensor=old.name, file=file.file,
+                            try_="a target of the same tensors, such as another layout of a fused one, or --rope")  # fmt: skip
     fd = open_file(path)
     try:
         head = os.pread(fd, file.head, 0)
@@ -137,5 +138,5 @@ def _same_head(path: Path, file: Header, steps: Sequence[Step]) -> OutFile:
         os.close(fd)
     if len(head) < file.head:
         raise FormatError("the file was cut short while it was read", file=file.file)
-    placed = tuple(step._replace(start=old.start - file.head) for old, step in zip(file.tensors, steps, strict=True))
+    placed = tuple(made[old.name]._replace(start=old.start - file.head) for old in file.tensors)
     return OutFile(file.file, placed, (), (), head, file.align)

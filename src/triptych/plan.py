@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from .agree import checked
-from .beside import LINEAR
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import PlanError
 from .formats import METADATA, Tensor, without_gc
@@ -69,11 +68,14 @@ def plan(
     targets = _targets(to, rope, orientation, overrides or {})
     shard = None if max_shard_size is None else bytes_of(max_shard_size)
     spoken = [target.layout for target in (targets.default, *(target for _, target in targets.more)) if target.layout]
+    url = str(out).rstrip("/") if out is not None and is_remote(out) else None
     with skeleton(path) as here:
         checkpoint = open_checkpoint(here.path, layouts or {}, sizes, spoken, records)
         stored = checkpoint.stored
-        if out is not None:
-            check_remote_place(stored, path, str(out)) if is_remote(out) else check_place(stored, Path(out))
+        if url is not None:
+            check_remote_place(stored, path, url)
+        elif out is not None:
+            check_place(stored, Path(out))
         _check_known(checkpoint)
         here.check_asked(checkpoint.projections, check_weights)
         agreements = checked(here.path, checkpoint.projections, stored.tensors, check_weights)
@@ -85,7 +87,7 @@ def plan(
             files = (replace(files[0], name=Path(out).name),)
         made = Plan(
             path=here.name,
-            out=str(out).rstrip("/") if out is not None and is_remote(out) else None if out is None else str(out),
+            out=url if out is None or url else str(out),
             target=str(targets),
             is_folder=stored.is_folder,
             sources=tuple(Source(file.file, file.size, here.changed(file.file, file.changed)) for file in stored.files),
@@ -100,11 +102,11 @@ def plan(
                 *here.notes,
                 *(agreement.sentence for agreement in agreements),
                 *_notes(checkpoint, targets, moves),
-                *([note_on(str(out))] if out is not None and is_remote(out) else []),
+                *([note_on(url)] if url else []),
             ),
         )
     check(made, stored.tensors)
-    if out is not None and not is_remote(out):
+    if out is not None and url is None:
         check_room(made, Path(out))
     return made
 
@@ -166,7 +168,8 @@ def _check_names(moves: Iterable[Move], tensors: Mapping[str, Tensor]) -> None:
 
 def _check_companions(moves: Iterable[Move], tensors: Mapping[str, Tensor]) -> None:
     """Scales, zero points or adapters of a fused tensor move with its rows, or nothing does: those that nobody declared stop the plan."""
-    moved = {piece.tensor: move for move in moves for piece in move.packed.pieces if move.packed.kind != LINEAR}
+    changed = [move for move in moves if move.pieces != move.packed.pieces]  # others are only stored the other way round
+    moved = {piece.tensor: move for move in changed for piece in move.packed.pieces}
     stems = {stem(name)[0]: move for name, move in moved.items() if name.endswith((".weight", ".bias"))}
     words = {f".{begin}".rpartition(".")[2] + "." for begin in stems}
     for name, tensor in tensors.items():
@@ -187,9 +190,10 @@ def _notes(checkpoint: Checkpoint, targets: Targets, moves: Sequence[Move]) -> I
     left = Counter((star(p.name), str(p.layout) if p.fused else "apart") for p in checkpoint.projections if p.name not in moved)
     for (name, layout), number in left.items():
         yield f"{number} x {name} ({layout}) stays as it is: {targets} does not speak of it"
-    if checkpoint.family and any(move.packed.source.startswith(BY_RECORD) for move in moves):
+    has_head = any(file.head for file in checkpoint.stored.files)
+    if checkpoint.family and not has_head and any(move.packed.source.startswith(BY_RECORD) for move in moves):
         yield f"config.json still says {checkpoint.family}, whose own code reads the layout before, not the one after"
-    if any(file.head for file in checkpoint.stored.files):
+    if has_head:
         yield "a GGUF file keeps its head, which has no room for a stamp: nothing in the result says that rows were moved"
     for other in checkpoint.stored.others:
         if other.name.endswith(WEIGHTS):

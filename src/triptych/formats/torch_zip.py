@@ -24,6 +24,8 @@ from .zip_records import Record, content, data_start, read_records
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_PICKLE, MAX_STEPS, MAX_SMALL = 1 << 25, 1 << 19, 64
+SHARED = 1 << 12
+"""Entries that tables which stand in several places may have more than the pickle has bytes."""
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 STORAGES = {
@@ -120,7 +122,9 @@ def read(path: Path) -> TorchFile:
         _check_kind(os.pread(fd, 64, 0), info.st_size, path.name)
         with without_gc():
             archive = _Archive(fd, info.st_size, path.name)
-            named = find_tensors(archive.tree(), path.name, archive.steps)
+            raw = archive.program()
+            tree = load(raw, path.name, archive.steps)
+            named = find_tensors(tree, path.name, SHARED + len(raw))
             found = {name: archive.tensor(name, value) for name, value in named.tensors.items()}
             archive.check_apart()
     finally:
@@ -175,8 +179,8 @@ class _Archive:
         record = self.records.get(self.root + name.encode())
         return record and content(self.fd, record, self.end, self.file, MAX_SMALL).decode("ascii", "replace").strip()
 
-    def tree(self) -> object:
-        """What the pickle says, as inert data."""
+    def program(self) -> bytes:
+        """The pickle."""
         version, order = self.small("version"), self.small("byteorder")
         if version is not None and version not in map(str, range(1, 11)):
             raise PlanError("the file has a version that this program does not know", file=self.file, expected="1 to 10", found=version)
@@ -185,7 +189,7 @@ class _Archive:
         if order not in (None, "little"):
             raise FormatError("unknown byte order", file=self.file, expected="little or big", found=order)
         record = self.records[self.root + b"data.pkl"]
-        return load(content(self.fd, record, self.end, self.file, MAX_PICKLE), self.file, self.steps)
+        return content(self.fd, record, self.end, self.file, MAX_PICKLE)
 
     def storage(self, key: str, size: int, name: str) -> _Storage:
         """The bytes of a storage that must have `size` of them."""

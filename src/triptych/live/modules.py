@@ -37,14 +37,13 @@ class Surgery:
         return {"done": {name: list(parts) for name, parts in self.done.items()}, "left": self.left}
 
     def __str__(self) -> str:
-        lines: dict[str, int] = {}
-        for name, parts in self.done.items():
-            line = f"{star(name)} -> {', '.join(parts) or 'as it was'}"
-            lines[line] = lines.get(line, 0) + 1
-        for name, why in self.left.items():
-            line = f"{star(name)} left as it is: {why}"
-            lines[line] = lines.get(line, 0) + 1
-        return "\n".join(f"{count} x {line}" if count > 1 else line for line, count in lines.items()) or "nothing to do"
+        told = [(name, f"-> {', '.join(parts) or 'as it was'}") for name, parts in self.done.items()]
+        told += [(name, f"left as it is: {why}") for name, why in self.left.items()]
+        lines: dict[tuple[str, str], list[str]] = {}
+        for name, what in told:
+            lines.setdefault((star(name), what), []).append(name)
+        several = ((f"{len(names)} x {starred}" if len(names) > 1 else names[0], what) for (starred, what), names in lines.items())
+        return "\n".join(f"{name} {what}" for name, what in several) or "nothing to do"
 
 
 def unfuse_(
