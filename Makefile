@@ -8,7 +8,8 @@ help:
 	@echo "make demo    the main job on real trained weights, and the puzzle"
 	@echo "make test    the test suite"
 	@echo "make check   format, lint, types, doctests, import layers"
-	@echo "make bench   speed, as ratios against named peers; make bench-decode a decode step over a cache"
+	@echo "make bench   speed, as ratios against named peers; make bench-convert: 2.8 GB against cp and others;"
+	@echo "             make bench-decode: a decode step over a cache; make scale: a terabyte, docs/scale.md"
 	@echo "make detect-report  how far verdicts from weights can be trusted; writes docs/detection.md"
 	@echo "make families  every family record against the model's own code; writes docs/families.md"
 	@echo "make soak    long campaigns; make soak-crash kills conversions; make soak-fuzz fuzzes every parser"
@@ -66,6 +67,7 @@ soak-crash: .venv/.ready
 	$(BIN)/python bench/power_loss.py --write
 
 soak-fuzz: .venv/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python bench/fuzz.py all --write
 
 clean:

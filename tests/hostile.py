@@ -87,6 +87,7 @@ def _safetensors() -> Iterable[tuple[str, Callable[[Path], Path], tuple[str, int
     yield "an offset that is true", file({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, True]}}, b"x"), bad, "natural"
     yield "three offsets", file({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1, 2]}}, b"x"), bad, "malformed"
     yield "a shape whose product wraps to zero", file({"a": entry(0, 0, shape=[1 << 32, 1 << 32])}), bad, "fit"
+    yield "an empty shape whose product overflows", file({"a": entry(0, 0, shape=[1 << 62, 1 << 62, 0])}), bad, "too large"
     yield "a shape below zero", file({"a": entry(0, 4, shape=[-2, -2])}, bytes(4)), bad, "natural"
     yield "a shape of 1,000 axes", file({"a": entry(0, 1, shape=[1] * 1000)}, b"x"), bad, "shape"
     yield "a shape that is a text", file({"a": entry(0, 1, shape="1")}, b"x"), bad, "shape"

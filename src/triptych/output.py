@@ -131,11 +131,16 @@ def _lock(fd: int, path: Path, shared: bool) -> bool:
     until = time.monotonic() + PATIENCE
     while True:
         for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) if shared else (fcntl.LOCK_EX,):
-            with suppress(OSError):
+            try:
                 fcntl.flock(fd, kind | fcntl.LOCK_NB)
-                with suppress(OSError):
-                    return os.path.samestat(os.fstat(fd), path.stat())
-                return False  # that run has just ended
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    continue
+                raise OutputError("the file system of the output has no locks", where=path, found=error.strerror,
+                                  try_="mount it with locks (Lustre: -o flock)") from error  # fmt: skip
+            with suppress(OSError):
+                return os.path.samestat(os.fstat(fd), path.stat())
+            return False  # that run has just ended
         if not shared or time.monotonic() > until:
             return False
         time.sleep(0.02)

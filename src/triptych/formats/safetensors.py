@@ -246,7 +246,7 @@ def _quick(raw: bytes, file: str, size: int) -> tuple[list[Tensor], dict[str, st
 @lru_cache(maxsize=4096)
 def _kind(dtype: str, shape: tuple[int, ...]) -> tuple[int | None, str, tuple[int, ...]]:
     """Bytes, dtype and shape of a tensor, one value for all alike. Raises ValueError for a shape that none may have, or KeyError."""
-    if len(shape) > MAX_DIMS or (shape and not 0 <= min(shape) <= max(shape) < MAX_SIZE):
+    if len(shape) > MAX_DIMS or (shape and not 0 <= min(shape) <= max(shape) < MAX_SIZE) or math.prod(filter(None, shape)) >= MAX_SIZE:
         raise ValueError
     return nbytes(dtype, shape), dtype, shape
 
@@ -295,6 +295,8 @@ def _tensor(name: str, entry: Any, file: str, base: int) -> Tensor:
         if type(n) is not int or not 0 <= n < MAX_SIZE:
             raise FormatError("a shape is no list of natural numbers", tensor=name, file=file, found=reprlib.repr(shape))
         bits *= n
+    if bits == 0 and math.prod(filter(None, shape)) >= MAX_SIZE:  # empty, but others overflow on their way to the zero
+        raise FormatError("a shape is too large", tensor=name, file=file, found=reprlib.repr(shape))
     if not (_natural(start) and _natural(stop)):
         raise FormatError("an offset is no natural number", tensor=name, file=file, found=reprlib.repr([start, stop]))
     if bits != 8 * (stop - start):
