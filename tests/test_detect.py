@@ -117,15 +117,17 @@ def test_transposed_storage_and_dtypes() -> None:
 
 
 def controls() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Untrained weights: plain, parts of another scale, rows that share a direction."""
+    """Untrained weights: plain, parts of another scale, rows that share a direction, heads of other scales."""
     rng = np.random.default_rng(7)
-    for i in range(30):
+    for i in range(24):
         d = (32, 40, 64)[i % 3]
         weight, o = rng.standard_normal((3 * d, d), np.float32), rng.standard_normal((d, d), np.float32)
         if i % 4 == 1:
             weight[:d] *= 3
         if i % 4 == 2:
             weight += 0.5 * rng.standard_normal((1, d), np.float32)
+        if i % 4 == 3:
+            weight *= rng.gamma(2, 1, 3 * d // 8).astype(np.float32).repeat(8)[:, None]
         yield weight, o
 
 
@@ -147,6 +149,28 @@ def test_the_output_projection_of_another_layer() -> None:
     for (weight, _, _), (_, o, _) in zip(layers, layers[1:] + layers[:1], strict=True):
         found = detect(weight, o)
         assert found.confidence != "confident" or str(found.layout) == PLAIN, found
+
+
+def test_heads_of_another_scale_share_nothing() -> None:
+    """The mean row, taken off as it is, would be what all small rows share."""
+    rng = np.random.default_rng(45)
+    weight = rng.standard_normal((96, 32), np.float32)
+    rng.standard_normal((32, 32), np.float32)
+    weight *= rng.gamma(2, 1, (12, 1, 1)).astype(np.float32).repeat(8)[:, None]
+    assert detect(weight, heads=4).confidence != "confident"
+
+
+@pytest.mark.parametrize(("layer", "layout"), [(2, "_ (q|k) h d|v d h"), (2, "q h d|_ h (k|v) d"), (0, "_ h (q|k) d|v h d")])
+def test_layouts_that_are_not_compared(layer: int, layout: str) -> None:
+    weight, o, _ = sceptr("SCEPTR")[layer]
+    assert detect(tt.repack(weight, PLAIN, layout, axis=0, h=8, d=8), o).confidence != "confident"
+
+
+def test_steps_are_no_heads() -> None:
+    """The two halves of this layer's heads are unlike each other: two heads of 192 rows explain more than twelve of 32."""
+    weight, o = minilm()[4]
+    found = detect(weight, o)
+    assert (found.confidence, str(found.layout), found.sizes) == ("confident", PLAIN, None)
 
 
 def test_too_few_columns() -> None:
