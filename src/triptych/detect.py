@@ -2,8 +2,8 @@
 
 evidence.py has the statistics, hypotheses.py the layouts that fit, verdict.py the rule. COLUMNS neighbouring columns of the weight are
 looked at and a bounded number of rows of each part, so that the cost is O(rows * COLUMNS) to read and
-O(hypotheses * WINDOWS * WINDOW^2 * COLUMNS) to judge, whatever the width: 0.4 s for 4096 x 12288 on one thread. Where more than
-MANY are left, a smaller look drops all but the best.
+O(hypotheses * WINDOWS * WINDOW^2 * COLUMNS) to judge, whatever the width: 0.9 s for 4096 x 12288 on one thread. Where more than
+MANY are left, a smaller look drops all but the best, unless the weight itself is as small.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _sorted(reading: Reading, order: Rows) -> Reading:
 
 def _ranked(evidence: Evidence, case: Case) -> list[Ranked]:
     ways = _ways(case)
-    if len(ways) > MANY:
+    if len(ways) > MANY and max(len(evidence.weight) // 3 / SMALL_WINDOW, evidence.weight.shape[1] / SMALL_COLUMNS) > 1:
         o, query = (None if one is None else one[:, :SMALL_COLUMNS].copy() for one in (evidence.o, evidence.query))
         few = evidence.weight[:, :SMALL_COLUMNS].copy()
         quick = Evidence(few, o, query, evidence.shared, evidence.mlp, SMALL_WINDOW, SMALL_WINDOWS)
@@ -220,10 +220,14 @@ def _by_bias(verdict: Verdict, bias: Floats) -> Verdict:
 
 
 def _sample(tensor: Any, axis: int) -> Floats:
-    """[rows, columns] of a matrix whose packed axis is `axis`, less the mean row: what all rows share looks like a match."""
+    """[rows, columns] of a matrix whose packed axis is `axis`, each less its share of the mean row: what all rows share looks like a match.
+
+    The mean itself would not do: taken off short rows, it is what these then share.
+    """
     picked = _floats(tensor[:, :COLUMNS] if axis == 0 else tensor[:COLUMNS])
     rows: Floats = np.ascontiguousarray(picked if axis == 0 else picked.T)
-    rows = rows - rows.mean(axis=0)
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
+    rows = rows - norms * (rows / (norms + TINY)).mean(axis=0)
     return rows
 
 

@@ -92,18 +92,24 @@ class Evidence:
     looks: int = WINDOWS
     seen: dict[object, Role] = field(default_factory=dict)
     nulls: dict[bool, float] = field(default_factory=dict)
+    squares: dict[int, NDArray[np.float64]] = field(default_factory=dict)
 
     def of(self, reading: Reading) -> Nats:
         """The evidence for one reading."""
         roles = self._roles(reading)
-        order, direct = [], []
+        unmatched = [_match(roles[x], roles[y], self.shared) for x, y in UNMATCHED if x in roles and y in roles and not self.mlp]
+        found = []
         for a, b in (("q", "k"), ("v", "o")):
-            pairs = [(a, b, shift) for shift in (0, *SHIFTS)] + [(x, y, 0) for x, y in (() if self.mlp else UNMATCHED)]
-            pairs = [(x, y, shift) for x, y, shift in (*pairs, (a, b + NEXT, 0)) if x in roles and y in roles]
-            there = a in roles and b in roles
-            order.append(_grams(roles, pairs) if there else 0.0)
-            direct.append(self._direct(roles, pairs) if there and self.shared else 0.0)
-        return Nats(order[0] + direct[0], order[1] + direct[1], self._law(reading))
+            nats = 0.0
+            if a in roles and b in roles:
+                matches = [_match(roles[a], roles[b], self.shared, len(SHIFTS)), *unmatched]
+                matches += [_match(roles[a], roles[b + NEXT], self.shared)] if b + NEXT in roles else []
+                nats = _grams(matches, roles[a].bands.shape[-1])
+                if self.shared:
+                    null = self._null(b == "o")
+                    nats += _above([_unlikely(*one, null) for match in matches for one in match.cosines])
+            found.append(nats)
+        return Nats(found[0], found[1], self._law(reading))
 
     def rows(self, reading: Reading, stop: int) -> list[tuple[Floats, Floats]]:
         """Rows [r, stop, columns] of the roles that belong together, pair by pair."""
@@ -134,10 +140,6 @@ class Evidence:
             self.seen[key] = _look(matrix[rows])
         return self.seen[key]
 
-    def _direct(self, roles: dict[str, Role], pairs: list[tuple[str, str, int]]) -> float:
-        null = self._null(pairs[0][1] == "o")
-        return _above([_cosines(roles[x].unit, roles[y].unit, shift, null) for x, y, shift in pairs])
-
     def _law(self, reading: Reading) -> float:
         """How well norms of up follow those of down's columns, or those of k the sum over its query heads; in nats.
 
@@ -148,16 +150,21 @@ class Evidence:
         if self.mlp:
             if self.o is None:
                 return 0.0
-            one, other = _squares(self.weight)[reading.v], _squares(self.o)[reading.o].sum(axis=0)
+            one, other = self._squares(self.weight)[reading.v], self._squares(self.o)[reading.o].sum(axis=0)
         elif reading.q is None:
             return 0.0
         else:
-            one, other = _squares(self.weight)[reading.k], _squares(query)[reading.q].sum(axis=0)
+            one, other = self._squares(self.weight)[reading.k], self._squares(query)[reading.q].sum(axis=0)
         heads = [x.reshape(-1, reading.d or x.size) for x in (one, other)]
         ways = [heads]
         if reading.d and reading.d % 2 == 0:
             ways += [[x.reshape(len(x), 2, -1).sum(axis=1) for x in heads], [x.reshape(len(x), -1, 2).sum(axis=2) for x in heads]]
         return max(_agreement(*way) for way in ways)
+
+    def _squares(self, matrix: Floats) -> NDArray[np.float64]:
+        if id(matrix) not in self.squares:
+            self.squares[id(matrix)] = np.einsum("ij,ij->i", matrix, matrix).astype(np.float64)
+        return self.squares[id(matrix)]
 
     def _null(self, with_o: bool) -> float:
         """The mean cos^2 of two rows that have nothing to do with each other."""
@@ -171,6 +178,7 @@ class Evidence:
         return self.nulls[with_o]
 
 
+@lru_cache(maxsize=64)
 def windows(length: int, ratio: int = 1, size: int = WINDOW, looks: int = WINDOWS) -> Rows:
     """[windows, window] positions that are looked at, spread evenly; fewer where several query heads stand for each."""
     count = min(max(looks // ratio, 1), -(-length // size))
@@ -205,33 +213,41 @@ def _above(values: list[float]) -> float:
     return max(values[0] - max(values[1:]), 0.0)
 
 
-def _grams(roles: dict[str, Role], pairs: list[tuple[str, str, int]]) -> float:
-    """Nats of the cosines of neighbours, signed and absolute: -n/2 log(1 - r^2) of the first pair above the others."""
-    total = 0.0
-    for sign in (0, 1):
-        found = [float(roles[x].bands[sign, 0] @ roles[y].bands[sign, shift]) for x, y, shift in pairs]
-        count = roles[pairs[0][0]].bands.shape[-1]
-        total += _above([-count / 2 * math.log1p(-min(r * r, 0.999999)) for r in found])
-    return total
+class _Match(NamedTuple):
+    """Two roles beside each other, plain and then shifted: correlations [2, 1 + shifts] of their bands; number, mean and mean square of the
+    cosines of their rows."""
+
+    bands: Floats
+    cosines: list[tuple[int, float, float]]
 
 
-def _cosines(a: Floats, b: Floats, shift: int, null: float) -> float:
-    """How far the cosines of rows, each head of q or o against its kv head, are from chance: another mean, a larger variance; in nats."""
+def _match(one: Role, other: Role, shared: bool, shifts: int = 0) -> _Match:
+    bands: Floats = (other.bands[:, : shifts + 1] @ one.bands[:, 0, :, None])[..., 0]
+    a, b, found = one.unit, other.unit, []
     stop = a.shape[2] - max(SHIFTS)
-    cosines = np.einsum("rwic,rwic->rwi", a[:, :, :stop], b[:, :, shift : shift + stop]).ravel()
-    square = float(cosines.mean()) ** 2
-    spread = max((float(cosines @ cosines) / cosines.size - square) / null, 1.0)
-    return float(cosines.size / 2 * (square / null + spread - 1 - math.log(spread)))
+    for shift in (0, *SHIFTS[:shifts]) if shared else ():
+        cosines = np.einsum("rwic,rwic->rwi", a[:, :, :stop], b[:, :, shift : shift + stop]).ravel()
+        found.append((cosines.size, float(cosines.sum()) / cosines.size, float(cosines @ cosines) / cosines.size))
+    return _Match(bands, found)
 
 
-def _squares(matrix: Floats) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = np.einsum("ij,ij->i", matrix, matrix).astype(np.float64)
-    return found
+def _grams(matches: list[_Match], count: int) -> float:
+    """Nats of the cosines of neighbours, signed and absolute: -n/2 log(1 - r^2) of the first pair above the others."""
+    found = np.concatenate([match.bands for match in matches], axis=1).astype(np.float64)
+    nats = -count / 2 * np.log1p(-np.minimum(found**2, 0.999999))
+    return sum(_above(row) for row in nats.tolist())
+
+
+def _unlikely(count: int, mean: float, square: float, null: float) -> float:
+    """How far cosines of rows, each head of q or o against its kv head, are from chance: another mean, a larger variance; in nats."""
+    spread = max((square - mean * mean) / null, 1.0)
+    return count / 2 * (mean * mean / null + spread - 1 - math.log(spread))
 
 
 def _agreement(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     """Nats of the correlation of [heads, dims] log norms^2, each head about its mean; 0 where it is negative."""
-    x, y = (np.log(z + TINY) - np.log(z + TINY).mean(axis=1, keepdims=True) for z in (one, other))
+    x, y = (np.log(z + TINY) for z in (one, other))
+    x, y = (z - z.sum(axis=1, keepdims=True) / z.shape[1] for z in (x, y))
     product = float((x * y).sum())
     square = product**2 / max(float((x * x).sum() * (y * y).sum()), TINY)
     return float(-(x.size - len(x)) / 2 * math.log1p(-min(square, 0.999999))) if product > 0 else 0.0

@@ -16,12 +16,22 @@ from .sizes import Sizes
 
 CONFIDENT, WEAK, UNKNOWN = "confident", "weak", "cannot tell"
 MIN_COLUMNS = 32
-MIN_LEAD, MIN_RATIO, MIN_EACH, MIN_LAW = 12.0, 1.3, 6.0, 6.0
+MIN_LEAD, MIN_RATIO, MIN_EACH, MIN_LAW = 16.0, 1.3, 6.0, 6.0
 """Nats ahead of the runner-up, times as many as it, nats of q against k and of v against o alone, and nats by norms alone."""
+MIN_QK = 12.0
+"""Nats of q against k where o says more: the likeness of any two rows of one head is worth some."""
 MIN_LAW_AGAINST = 18.0
 """Nats by norms alone, where the other statistics would rather have another row for k."""
 MIN_APART = 1.1
 """The same ratio for layouts that set the same rows side by side: a head dim shares much with its half and double."""
+MIN_FORMED = 12.0
+"""Nats that one way to form heads must explain more than another."""
+MIN_HEADS = 4
+"""Heads that a size must make to be told: two or three are no more than steps."""
+MIN_SIZE_RATIO = 1.5
+"""Times as many nats as the next head size: one that is a multiple of the true one explains much of the same."""
+MAX_UNMATCHED = 4.0
+"""Times as many nats as a layout has, that forming heads may explain: more is likeness of rows that the layout does not match."""
 NOTABLE = 0.125
 """Without o, a layout with this share of the best one's nats is asked for its norms too."""
 MIN_LAYERS = 4
@@ -71,9 +81,14 @@ class Ranked(NamedTuple):
         return self.qk + self.vo
 
     @property
+    def formed(self) -> float:
+        """Nats that the likeliest heads explain."""
+        return max((nats for _, nats in self.heads), default=0.0)
+
+    @property
     def apart(self) -> float:
         """What tells it from others that set the same rows side by side."""
-        return self.vo + max((nats for _, nats in self.heads), default=0.0)
+        return self.vo + self.formed
 
     def plus(self, other: Ranked) -> Ranked:
         """Of two layers together."""
@@ -198,12 +213,27 @@ def _weak(best: Ranked, rivals: Sequence[Ranked], case: Case, needed: float) -> 
     if best.law - law < (MIN_LAW if case.kind == GATE_UP else needed):
         which = "gate from up" if case.kind == GATE_UP else "k from a query head"
         reasons.append(f"norms tell {which} by {max(best.law - law, 0.0):.0f} nats only, and {needed:.0f} are needed")
-    pairs = [("gate against up", best.qk), ("up against down", best.vo)] if case.kind == GATE_UP else []
-    pairs = pairs or [("q against k", best.qk), ("v against o", best.vo)]
+    pairs = [("gate against up", best.qk, MIN_EACH), ("up against down", best.vo, MIN_EACH)] if case.kind == GATE_UP else []
+    pairs = pairs or [("q against k", best.qk, MIN_QK), ("v against o", best.vo, MIN_EACH)]
+    if case.kind == QKV and case.width is not None:
+        reasons += _outside(best, rivals)
     if case.kind != QKV or case.width is not None:
-        said, nats = min(pairs, key=lambda pair: pair[1])
-        if nats < MIN_EACH:
-            reasons.append(f"{said} says only {nats:.0f} nats where {MIN_EACH:.0f} are needed: the layout may not be among those compared")
+        said, nats, least = min(pairs, key=lambda pair: pair[1] / pair[2])
+        if nats < least:
+            reasons.append(f"{said} says only {nats:.0f} nats where {least:.0f} are needed: the layout may not be among those compared")
+    return reasons
+
+
+def _outside(best: Ranked, rivals: Sequence[Ranked]) -> list[str]:
+    """Signs that the true layout is not among those compared: parts of it fit one of them, other parts another."""
+    reasons = []
+    formed = max((one.formed for one in rivals if one.alignment == best.alignment), default=0.0)
+    if formed > best.formed + MIN_FORMED and formed > MIN_RATIO * best.formed:
+        reasons.append(f"v and o form heads in one way, q and k in another that explains {formed - best.formed:.0f} nats more")
+    if (other := max((one.qk for one in rivals if one.clique != best.clique), default=0.0)) > best.qk:
+        reasons.append(f"q against k says {best.qk:.0f} nats, and for another layout {other:.0f}")
+    if best.formed > MAX_UNMATCHED * best.nats:
+        reasons.append(f"heads explain {best.formed:.0f} nats, and the layout only {best.nats:.0f}: it may not be among those compared")
     return reasons
 
 
@@ -214,8 +244,8 @@ def head_dim(best: Ranked, case: Case) -> tuple[Hypothesis, bool, list[str]]:
         return found, True, []
     order = sorted(best.heads, key=lambda one: -one[1])
     (d, first), (other_d, second) = (*order, (0, 0.0), (0, 0.0))[:2]
-    if first - second > MIN_LEAD and first > MIN_RATIO * second:
-        reading = found.reading()
+    reading = found.reading()
+    if first - second > MIN_FORMED and first > MIN_SIZE_RATIO * second and len(reading.k) >= MIN_HEADS * d:
         for other in hypotheses(case.rows, case.width, len(reading.k) // d, kind=case.kind):
             found_so = other.reading()
             if all(np.array_equal(a, b) for a, b in ((found_so.k, reading.k), (found_so.v, reading.v), (found_so.o, reading.o))):
