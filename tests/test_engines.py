@@ -64,6 +64,9 @@ def test_a_share_that_is_missing(source: Path, tmp_path: Path) -> None:
     assert files.snapshot(tmp_path / "c") == before
     with pytest.raises(tt.PlanError, match="another conversion is unfinished"):
         tt.convert(source, tmp_path / "c", "split", share=(2, 2))
+    with pytest.raises(tt.PlanError, match="shares are missing"):
+        tt.convert(source, tmp_path / "e", TO, finish=True)
+    assert not (tmp_path / "e").exists()
     for share in ((0, 2), (3, 2)):
         with pytest.raises(tt.PlanError, match="no such share"):
             tt.convert(source, tmp_path / "d", TO, share=share)

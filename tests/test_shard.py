@@ -344,12 +344,11 @@ def small(path: Path, kv: int = 2, heads: int = 12, shards: int = 2) -> Arrays:
     return load(path)
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 6), (6, 4), (2, 12), (12, 3), (3, 1)])
-@pytest.mark.parametrize("kv", [1, 2])
+@pytest.mark.parametrize(
+    ("kv", "before", "after"), [(1, 4, 6), (1, 6, 4), (1, 2, 12), (1, 12, 3), (1, 3, 1), (2, 4, 6), (2, 6, 4), (2, 2, 12)]
+)
 def test_ranks_become_other_ranks(tmp_path: Path, before: int, after: int, kv: int) -> None:
     small(tmp_path / "a", kv)
-    if kv == 2 and 3 in (before, after):
-        return
     tt.shard(tmp_path / "a", tmp_path / "b", before, pad_vocab_to=8 * before)
     done = tt.shard(tmp_path / "b", tmp_path / "c", after, pad_vocab_to=after)
     tt.shard(tmp_path / "a", tmp_path / "d", after, pad_vocab_to=after)

@@ -16,7 +16,6 @@ from .sizes import Sizes, bind, does_not_fit
 
 By = Literal["part", "head", "group"]
 T = TypeVar("T")
-HEAD_AXES = frozenset("htmngr")
 
 
 def blocks(tensor: T, layout: Layout | str, by: By = "head", axis: int = 0, rank: int = 0, world: int = 1, **sizes: int) -> dict[str, T]:

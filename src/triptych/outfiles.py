@@ -11,12 +11,11 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from .errors import FormatError, PlanError
 from .formats import ALIGN, BITS, Header, Stored, index_bytes, open_file, safetensors_name
+from .formats.folder import INDEX, SINGLE
 from .moves import Move, stamp_of
 from .packed import BY_STAMP
 from .stamp import KEY, Stamped
 from .steps import Feed, Nest, OutFile, Step
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def files_of(checkpoint: Checkpoint, moves: Sequence[Move], shard: int | None = None) -> tuple[OutFile, ...]:
@@ -32,7 +31,7 @@ def files_of(checkpoint: Checkpoint, moves: Sequence[Move], shard: int | None = 
         raise PlanError("GGUF files are not cut into shards here", where=stored.path, try_="gguf-split")
     metadata = _metadata([file for file, _ in sources])
     shards = list(_shards([step for _, steps in sources for step in steps], shard))
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [SINGLE[0]] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     return tuple(placed_file(name, steps, metadata, stamps) for name, steps in zip(names, shards, strict=True))
 
 
@@ -41,7 +40,7 @@ def index_of(stored: Stored, files: Sequence[OutFile], shard: int | None = None)
     if (len(files) == 1) if shard else (stored.index is None):
         return None
     weight_map = {step.tensor: file.name for file in files for step in file.steps}
-    name = INDEX if shard or stored.index is None else safetensors_name(stored.index)
+    name = SINGLE[0] + INDEX if shard or stored.index is None else safetensors_name(stored.index)
     return name, index_bytes(weight_map, sum(file.data_size for file in files), stored.index_metadata)
 
 

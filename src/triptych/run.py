@@ -111,6 +111,8 @@ def run(
         kept = [name for name in names if name in there]
         missing = [task for task in tasks if task.name not in there]
         if finish and missing:
+            if not there:
+                clear(place, finished=True, folder=created)
             found = f"{len(missing)} files are not there: {listed(task.name for task in missing)}"
             raise PlanError("shares are missing", where=made.out, found=found, try_="run the other shares first")
         try:
