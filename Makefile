@@ -47,13 +47,17 @@ scale: .venv/.ready
 detect-report: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.detect_report --write
 
+# LLAMA_CPP=PATH: a checkout of llama.cpp, whose converter is then measured too
+CONVERT = $(BIN)/python bench/convert.py --layers 24 --rounds 3
 bench-convert: .venv/.ready
-	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --peers
-	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --no-sync
-	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --to "h d (q|k|v)"
-	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --format bin
-	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --format gguf
-	$(BIN)/python bench/convert.py --layers 24 --rounds 3 --ranks 4
+	$(CONVERT) --no-sync --peers $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP))
+	$(CONVERT)
+	$(CONVERT) --no-sync --to "h d (q|k|v)"
+	$(CONVERT) --no-sync --format bin
+	$(CONVERT) --no-sync --format gguf
+	$(CONVERT) --no-sync --ranks 4
+	$(CONVERT) --no-sync --turned
+	$(CONVERT) --no-sync --rope
 
 families: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families_report

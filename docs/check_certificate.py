@@ -1,8 +1,7 @@
 """python check_certificate.py CERTIFICATE OUT [SOURCE]: checks what `triptych verify` certified, without triptych. OUT: folder or file."""
 
 # fmt: off
-import functools, hashlib, json, math, pathlib, re, sys  # noqa: E401, I001
-import numpy as np
+import functools, hashlib, json, math, pathlib, re, sys, numpy as np  # noqa: E401, I001
 def branches(words, size):  # the rows between two brackets of a layout, in order: (names, [(axis, index), ...])
     out, end = [], "|"
     while end == "|":
@@ -46,8 +45,9 @@ def check(path, out, source=None):
         names, (axis, packed) = [[*side["tensors"]] for side in both], [side["axis"] for side in both]
         kinds = [[known.pop(name) for name in some] for known, some in zip(sides, names, strict=True)]
         (old, _, counts), (new, zeros, after) = (rows(tuple(side["tensors"].values()), tuple(side["sizes"].items())) for side in both)
+        every = [(k["shape"][a], k["dtype"], [*np.delete(k["shape"], a)]) for ks, a in zip(kinds, (axis, packed), strict=True) for k in ks]
+        assert every == [(n, *every[0][1:]) for n in [*counts, *after]], f"{names}: other dtypes or shapes"
         turned = [data[name].reshape(*k["shape"], -1).swapaxes(axis, packed) for name, k in zip(names[1], kinds[1], strict=True)]
-        assert [*(k["shape"][axis] for k in kinds[0]), *(x.shape[axis] for x in turned)] == [*counts, *after], f"{names}: other shapes"
         table = np.concatenate([part.reshape(math.prod(kinds[0][0]["shape"][:axis]), part.shape[axis], -1) for part in turned], 1)
         back, into, of = np.zeros((len(table), sum(counts), table.shape[2]), np.uint8), [*old.values()], [new.get(k, -1) for k in old]
         assert sorted({*of, *zeros}) == [*range(sum(after))] and not table[:, zeros].any(), f"{names}: not the same rows"

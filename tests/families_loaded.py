@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file, save_file
 
+from triptych.live.places import Place, Table
 from triptych.live.probe import Probed, Reading, read
-from triptych.live.roles import Place, Table
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -214,6 +214,17 @@ def _scaled_q(out: Files, old: Files) -> None:
     out.tensors[WEIGHT][mine] *= np.float32(D**-0.5)
 
 
+def _half_turned(part: str, head: int, dim: int) -> tuple[str, int, int]:
+    """The row of the output's pair order, with the first half of a head taken for all that is turned."""
+    place = dim % (D // 2) * 2 + dim // (D // 2)  # where p c puts it
+    turned = D // 2
+    return part, head, place % 2 * (turned // 2) + place // 2 if place < turned else place
+
+
+def _turned_back(out: Files, old: Files) -> Array:
+    return old.tensors["1.q_norm.weight"].reshape(D // 2, 2).T.reshape(-1)
+
+
 def _swap_layers(out: Files, old: Files) -> None:
     for name in list(out.tensors):
         if name.startswith("0."):
@@ -297,11 +308,15 @@ ERRORS = (
     Error("rotary order not changed", _laid_out("g (q r|k|v) c p"), errs=True),
     Error("rotary order of K alone not changed", _laid_out("g (q r p c|k c p|v p c)"), errs=True),
     Error("rotary order changed in the wrong direction", _relabelled(lambda p, h, d: (p, h, d % 2 * 4 + d // 2)), errs=True),
+    Error("rotary pairs turned round: component 0 for 1", _relabelled(lambda p, h, d: (p, h, (d + D // 2) % D)), errs=True),
+    Error("rotary order of V left, of Q and K changed", _laid_out("g (q r p c|k p c|v c p)"), errs=True),
+    Error("half of each head turned, not all", _relabelled(_half_turned), errs=True),
     Error("not grouped, parts side by side", _laid_out("(q h|k g|v g) p c"), errs=True),
     Error("heads and dims exchanged", _laid_out("q p c h|k p c g|v p c g"), errs=True),
     Error("rows not moved at all", _laid_out(BEFORE), errs=True),
     Error("bias not moved", _set(BIAS, lambda out, old: old.tensors[BIAS]), errs=True),
     Error("norm not permuted", _set("1.q_norm.weight", lambda out, old: old.tensors["1.q_norm.weight"]), errs=True),
+    Error("norm permuted in the wrong direction", _set("1.q_norm.weight", _turned_back), errs=True),
     Error("last shard stale", _stale, errs=True),
     Error("q of another layer", _q_of_another_layer, errs=True),
     Error("two layers swapped", _swap_layers, errs=True),

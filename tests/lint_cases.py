@@ -1,6 +1,6 @@
 """For every lint rule a checkpoint that it must find fault with and one, as near to it as possible, that it must not.
 
-python -m tests.lint_cases      writes what `triptych lint` says of the first into the pages of docs/lint
+python -m tests.lint_cases      writes what `triptych lint` says of the first into the pages of docs/lint, and their text into lint/pages.py
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from triptych import cli, stamp
 from . import crafted, weights
 
 PAGES = Path(__file__).parent.parent / "docs" / "lint"
+TEXT = Path(__file__).parent.parent / "src" / "triptych" / "lint" / "pages.py"
 BLOCK = re.compile(r"(?<=```console norun\n).*?(?=```)", re.DOTALL)
 Tensors = dict[str, np.ndarray]
 Case = Callable[[Path], None]
@@ -294,12 +295,25 @@ def said(rule: str, place: Path) -> str:
     return f"$ triptych {' '.join(words)}\n{text}" + (f"exit code {code}\n" if code else "")
 
 
+def text_of_pages() -> str:
+    """src/triptych/lint/pages.py: what the pages say of every rule, without title, example and links."""
+    head = "What the pages of docs/lint say of every rule, for reports that are read far from them; `python -m tests.lint_cases` writes it."
+    lines = [f'"""{head}"""', "", "from __future__ import annotations", "", "TEXTS = {"]
+    for rule in sorted(CASES):
+        page = (PAGES / f"{rule}.md").read_text("utf-8")
+        about, remedy = page.partition("\n")[2].partition("## Example")[0], page.partition("## Remedy")[2]
+        text = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", f"{about.strip()}\n\n## Remedy\n\n{remedy.strip()}")
+        lines.append(f'    "{rule}": """\\\n{text}""",')
+    return "\n".join([*lines, "}", '"""Rule -> Markdown."""', ""])
+
+
 def main() -> int:
     for rule in CASES:
         with tempfile.TemporaryDirectory() as place:
             page = PAGES / f"{rule}.md"
             block = said(rule, Path(place))
             page.write_text(BLOCK.sub(lambda match, block=block: block, page.read_text("utf-8")), "utf-8")
+    TEXT.write_text(text_of_pages(), "utf-8")
     return 0
 
 

@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
+import triptych as tt
+from triptych import holes, remote, remote_out, remote_run
+
+from . import files
+
 
 @dataclass
 class Log:
@@ -164,3 +171,127 @@ def s3() -> Iterator[tuple[str, Bucket]]:
     finally:
         server.stop()
         WSGIRequestHandler.log_request = before  # type: ignore[method-assign]
+
+
+# Fixtures: tests import those that they use
+
+H, D = 6, 128
+BIG = {"model_type": "gpt_neox", "hidden_size": H * D, "num_attention_heads": H}
+ATTENTION = "gpt_neox.layers.0.attention.query_key_value."
+SHARDS: list[dict[str, tuple[str, tuple[int, ...]]]] = [
+    {ATTENTION + "weight": ("BF16", (3 * H * D, H * D)), "gpt_neox.layers.0.mlp.weight": ("BF16", (4801, H * D)), "odd": ("U8", (7,))},
+    {ATTENTION + "bias": ("BF16", (3 * H * D,)), **{f"norm.{i}": ("F32", (3 + i,)) for i in range(9)}},
+]
+INDEX = "model.safetensors.index.json"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "a",
+    "AWS_SECRET_ACCESS_KEY": "b",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose first shard takes several requests, and whose second one is small."""
+    folder = tmp_path_factory.mktemp("source")
+    files.checkpoint(folder, SHARDS, BIG)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(source: Path) -> dict[str, bytes]:
+    """The conversion on a disk."""
+    tt.convert(source, source.with_name(source.name + "-done"), "split")
+    return files.snapshot(source.with_name(source.name + "-done"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Bucket]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        with s3() as (url, bucket):
+            patch.setenv("AWS_ENDPOINT_URL", url)
+            remote._store.cache_clear()
+            yield bucket
+            remote._store.cache_clear()
+
+
+@pytest.fixture
+def bucket(server: Bucket) -> Iterator[Bucket]:
+    server.empty()
+    yield server
+    assert server.uploads() == [], "no upload is left half-way"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(remote, "BLOCK", 5 << 20)
+    monkeypatch.setattr(remote_run, "BLOCK", 1 << 20)
+    monkeypatch.setattr(holes, "BLOCK", 1 << 20)
+    monkeypatch.setattr(holes, "GRAIN", 1 << 17)
+    monkeypatch.setattr(remote_out, "BEAT", 0.1)
+    monkeypatch.setattr(remote_out, "PATIENCE", 0.5)
+
+
+# Google Cloud Storage
+
+
+class Store:
+    """A bucket of an emulator of Google Cloud Storage on loopback: its objects, the sessions that were given up."""
+
+    def __init__(self, storage: Any) -> None:
+        self.storage, self.given_up = storage, list[str]()
+
+    def names(self, prefix: str = "") -> list[str]:
+        return sorted(one["name"] for one in self.storage.get_file_list("bucket", prefix, None)[0])
+
+    def snapshot(self, prefix: str) -> dict[str, bytes]:
+        return {name.removeprefix(prefix): self.storage.get_file("bucket", name) for name in self.names(prefix)}
+
+    def open_sessions(self) -> int:
+        return len(self.storage.resumable)
+
+
+@contextmanager
+def gcs() -> Iterator[tuple[str, Store]]:
+    """gcp-storage-emulator with one bucket; what it lacks is added: conditions on writing, and giving sessions up."""
+    from http import HTTPStatus
+
+    from gcp_storage_emulator import server
+    from gcp_storage_emulator.exceptions import NotFound
+    from gcp_storage_emulator.handlers import objects
+
+    emulator = server.Server("127.0.0.1", 0, True, "bucket")
+    store = Store(emulator._storage)
+
+    def insert(request: Any, response: Any, storage: Any) -> None:
+        body, name = request.data, request.query.get("name", [""])[0]
+        try:
+            there = storage.get_file_obj("bucket", name)["generation"]
+        except NotFound:
+            there = "0"
+        if request.query.get("ifGenerationMatch", [there]) != [there]:
+            response.status = HTTPStatus.PRECONDITION_FAILED
+            return
+        assert body is not None
+        objects.insert(request, response, storage)
+
+    def give_up(request: Any, response: Any, storage: Any) -> None:
+        store.given_up.append(request.query["upload_id"][0])
+        storage.resumable.pop(store.given_up[-1], None)
+        response.status = HTTPStatus.NO_CONTENT
+
+    table = next(methods for _, methods in server.HANDLERS if methods.get("POST") is objects.insert)
+    table |= {"POST": insert, "DELETE": give_up}
+    emulator.start()
+    try:
+        host, port = emulator._api._httpd.server_address
+        yield f"http://{host}:{port}", store
+    finally:
+        emulator.stop()
+        table["POST"] = objects.insert
+        del table["DELETE"]

@@ -1,7 +1,7 @@
 """How others divide weights among tensor-parallel ranks, restated slowly on index matrices: the oracle of sharding.
 
-Each function says where the rule was read: vLLM at 0036d38 (vllm/model_executor/layers/linear.py, the file of 0.33.0),
-Megatron-LM at d98e8a6 and flash-attention at 0251105. A refusal is an AssertionError, as there.
+Each function says where the rule was read: the release vllm==0.33.0 (lines are those of vllm/model_executor/layers/linear.py unless another
+file is named), Megatron-LM at d98e8a6 and flash-attention at 0251105. A refusal is an AssertionError, as there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Matrix = NDArray[np.int64]
 
 
 def divide(number: int, by: int) -> int:
-    """Megatron-LM megatron/core/utils.py:595, vLLM vllm/distributed/utils.py `divide`: exact or not at all."""
+    """Megatron-LM megatron/core/utils.py:595, vLLM vllm/distributed/utils.py:130-134: exact or not at all."""
     assert number % by == 0, f"{number} is not divisible by {by}"
     return number // by
 
@@ -29,35 +29,35 @@ def narrow(x: Matrix, axis: int, start: int, length: int) -> Matrix:
 
 
 def vllm_column(x: Matrix, tp: int, rank: int, axis: int = 0) -> Matrix:
-    """ColumnParallelLinear.weight_loader: shard_size = rows of the parameter, start_idx = tp_rank * shard_size. Bias alike."""
+    """ColumnParallelLinear.weight_loader, 595-598: shard_size = rows of the parameter, start_idx = tp_rank * shard_size. Bias alike."""
     size = divide(x.shape[axis], tp)
     return narrow(x, axis, rank * size, size)
 
 
 def vllm_row(x: Matrix, tp: int, rank: int, axis: int = 1) -> Matrix:
-    """RowParallelLinear.weight_loader: the same along the input; its bias has no input dim, so every rank loads all of it
-    (and rank 0 alone adds it: `bias_ = None if tp_rank > 0`)."""
+    """RowParallelLinear.weight_loader, 1777-1780: the same along the input; its bias has no input dim, so every rank loads all of it
+    (and rank 0 alone adds it, 1814)."""
     size = divide(x.shape[axis], tp)
     return narrow(x, axis, rank * size, size)
 
 
 def vllm_merged(x: Matrix, parts: int, tp: int, rank: int) -> Matrix:
-    """MergedColumnParallelLinear.weight_loader with loaded_shard_id None (fused on disk): cut at sum(output_sizes[:i]), each part as a
-    column-parallel weight, stored at sum(output_sizes[:i]) // tp."""
+    """MergedColumnParallelLinear.weight_loader with loaded_shard_id None (fused on disk): cut at sum(output_sizes[:i]), 803-807 and
+    828-831, each part as a column-parallel weight, stored at sum(output_sizes[:i]) // tp, 836-839 and 860-863."""
     whole = divide(x.shape[0], parts)
     return np.concatenate([vllm_column(narrow(x, 0, i * whole, whole), tp, rank) for i in range(parts)])
 
 
 def vllm_kv(heads: int, tp: int) -> tuple[int, int]:
-    """QKVParallelLinear.__init__ (linear.py:1011-1145 in 0.33.0): (num_kv_heads, num_kv_head_replicas) of a rank."""
+    """QKVParallelLinear.__init__, 1065-1071: (num_kv_heads, num_kv_head_replicas) of a rank."""
     if tp >= heads:
         return 1, divide(tp, heads)
     return divide(heads, tp), 1
 
 
 def vllm_qkv(q: Matrix, k: Matrix, v: Matrix, heads: int, kv_heads: int, tp: int, rank: int) -> tuple[Matrix, Matrix, Matrix]:
-    """QKVParallelLinear.weight_loader: shard_rank is tp_rank for q and tp_rank // num_kv_head_replicas for k and v;
-    start_idx = shard_rank * shard_size. The parameter is q, k, v one after the other."""
+    """QKVParallelLinear.weight_loader, 1313-1320: shard_rank is tp_rank for q and tp_rank // num_kv_head_replicas for k and v;
+    start_idx = shard_rank * shard_size. The parameter is q, k, v one after the other, 1282-1290."""
     own = divide(heads, tp)
     kv_own, replicas = vllm_kv(kv_heads, tp)
     out = []
@@ -68,8 +68,8 @@ def vllm_qkv(q: Matrix, k: Matrix, v: Matrix, heads: int, kv_heads: int, tp: int
 
 
 def vllm_vocab(x: Matrix, pad_to: int, tp: int, rank: int, nothing: int) -> Matrix:
-    """VocabParallelEmbedding (vocab_parallel_embedding.py: pad_vocab_size, _get_indices, weight_loader): rows of the padded vocabulary in
-    equal runs; `param[loaded.shape[0]:].data.fill_(0)`."""
+    """VocabParallelEmbedding, vocab_parallel_embedding.py:95-97 (pad_vocab_size), 392-402 (equal runs of the padded vocabulary, without its
+    padding), 518-520 (the rows behind are filled with 0)."""
     padded = ((x.shape[0] + pad_to - 1) // pad_to) * pad_to
     size = divide(padded, tp)
     start, stop = min(rank * size, x.shape[0]), min((rank + 1) * size, x.shape[0])
@@ -79,7 +79,7 @@ def vllm_vocab(x: Matrix, pad_to: int, tp: int, rank: int, nothing: int) -> Matr
 
 
 def vllm_block_scale_rows(rows: int, block: int) -> int:
-    """adjust_block_scale_shard: ceil(rows / block_n)."""
+    """adjust_block_scale_shard, 91-93: ceil(rows / block_n)."""
     return (rows + block - 1) // block
 
 

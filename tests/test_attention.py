@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import triptych as tt
 from triptych.live.attention import FusedAttention, attend
 from triptych.live.kv_cache import KVCache
+from triptych.live.rotary import rotary_of
 
 from .strategies import GQA, MHA, PARTIAL, bound_sizes, sizes_for
 
@@ -336,6 +337,7 @@ def test_one_token_in_rows_of_a_group_is_what_sdpa_gives(dtype: torch.dtype, hea
         (lambda: FusedAttention("(q|k|v) h c p", 8, h=2, p=4, rotary="interleaved"), tt.LayoutError, "says another rotary order"),
         (lambda: FusedAttention("(q|k|v) h d", 8, h=2, d=3, rotary="half"), tt.LayoutError, "turn in pairs"),
         (lambda: FusedAttention("(q|k|v) h d", 8, h=2, d=4, rotary="neox"), tt.LayoutError, "no such rotary order"),
+        (lambda: FusedAttention("(q|k|v) h d", 8, h=2, d=4, rotary="half or interleaved"), tt.LayoutError, "the same for 2 dims alone"),
         (lambda: FusedAttention("(q|k|v) h d", 8, h=2, d=8, rotary="partial half: first 4 of 9 dims"), tt.LayoutError, "first N of 8 dims"),
         (lambda: FusedAttention("h (q|k|v) (a c p|b c p)", 8, h=2, p=3), tt.LayoutError, "turn the same dims, in one piece"),
         (lambda: FusedAttention.around(nn.Linear(8, 23), "h (q|k|v) d", h=2, d=4), tt.SizeError, "rows do not fill"),
@@ -352,3 +354,11 @@ def test_one_token_in_rows_of_a_group_is_what_sdpa_gives(dtype: torch.dtype, hea
 def test_errors(build: object, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         build()
+
+
+def test_two_dims_turn_alike_in_either_order() -> None:
+    layout, sizes = tt.Layout("(q|k|v) h d"), tt.bind("(q|k|v) h d", h=2, d=8)
+    x = torch.randn(1, 5, 2, 8)
+    words = ["partial half or interleaved", "partial half", "partial interleaved"]
+    turned = [rotary_of(layout, sizes, f"{order}: last 2 of 8 dims") for order in words]
+    assert turned[0] == turned[1] and all(torch.equal(one(x, 3), turned[0](x, 3)) for one in turned)

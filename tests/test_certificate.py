@@ -190,6 +190,21 @@ def test_numbers_that_nothing_has(pair: tuple[Path, Path, dict[str, str]], tmp_p
         tt.check_certificate(tmp_path / "c.json", out)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": "F16"}, {"dtype": None}, {"shape": [(H + 2 * G) * D, 2 * IN]}, {"shape": [(H + 2 * G) * D, "x"]}]
+)
+def test_a_lie_about_the_numbers_of_the_input(pair: tuple[Path, Path, dict[str, str]], tmp_path: Path, wrong: dict[str, object]) -> None:
+    """The digests of bytes know neither dtype nor shape: those of a projection must be the same on both sides."""
+    path, out, given = pair
+    tt.convert(path, out, "split", layouts=given, **SIZES)
+    table = tt.certify(path, out, layouts=given, **SIZES).to_dict()
+    table["source"]["tensors"]["x.a.weight"].update(wrong)
+    (tmp_path / "c.json").write_text(json.dumps(table))
+    with pytest.raises(MismatchError, match="dtype or shape of a projection changed"):
+        tt.check_certificate(tmp_path / "c.json", out)
+    assert "other dtypes or shapes" in run(tmp_path / "c.json", out).stderr
+
+
 def test_of_several_errors_the_first_is_raised() -> None:
     def work(item: int) -> int:
         if item > 2:

@@ -22,6 +22,7 @@ from triptych import formats
 from triptych.detect import Verdict, detect, pool
 from triptych.detect_files import detect_checkpoint
 from triptych.errors import FormatError, LayoutError, MissingExtraError, SizeError
+from triptych.evidence import Evidence
 from triptych.hypotheses import hypotheses
 from triptych.rotary import rotary
 from triptych.samples import Numbers
@@ -226,6 +227,37 @@ def test_grouped_heads(layout: str) -> None:
     found = detect(tt.fuse(parts, layout, g=3, r=5, h=15).T, o)
     best = found.ranked[0]
     assert (str(best.layout), best.sizes["g"]) == (layout, 3), found
+
+
+def test_layouts_in_two_halves() -> None:
+    found = {str(one.layout) for one in hypotheses(240, 144, 9)}
+    assert {"q h d|_ g (k|v) d", "_ g (v|k) d|q h d", "v g d|_ g (k|q r) d", "_ g (q r|k) d|v g d"} <= found
+    parts, o = grouped(3, 5, 16, 96)
+    for layout in ("q h d|_ g (k|v) d", "_ g (q r|k) d|v g d"):
+        weight = tt.fuse(parts, layout, **{axis: {"g": 3, "r": 5, "h": 15, "d": 16}[axis] for axis in tt.Layout(layout).axes}).T
+        assert str(detect(weight, o).ranked[0].layout) == layout
+
+
+def test_norms_of_pairs_tell_k_from_a_query_head() -> None:
+    """Of a rotated head only the norm of a pair is balanced; dims of two query heads may resemble each other more than k."""
+    rng = np.random.default_rng(13)
+    g, r, d, width = 4, 3, 16, 48
+    share, first = rng.uniform(0.1, 1, (r, g, d // 2, 1)), rng.uniform(0.1, 0.9, (2, g, d // 2, 1))
+    squares = np.concatenate([share * first[0], share * (1 - first[0])], axis=3)
+    k = np.concatenate([share.sum(0) * first[1], share.sum(0) * (1 - first[1])], axis=2)
+    unit = rng.standard_normal((r + 2, g, d, width), np.float32)
+    unit /= np.linalg.norm(unit, axis=3, keepdims=True)
+    q, k = unit[:r] * np.sqrt(squares).reshape(r, g, d, 1), unit[r] * np.sqrt(k).reshape(g, d, 1)
+    weight = np.concatenate([q.swapaxes(0, 1).reshape(-1, width), k.reshape(-1, width), unit[r + 1].reshape(-1, width)]).astype(np.float32)
+    found = {str(one.layout): one for one in hypotheses(g * (r + 2) * d, g * r * d, g * r)}
+    law = {text: Evidence(weight).of(found[text].reading()).law for text in ("(q h|k g|v g) d", "(k g|q h|v g) d")}
+    assert law["(q h|k g|v g) d"] > 6 + law["(k g|q h|v g) d"]
+
+
+def test_parts_of_other_sizes_are_other_readings() -> None:
+    """v, q and k one behind the other are the same rows in turn for any number of query heads to a kv head."""
+    found = detect(laid_out(sceptr("SCEPTR")[1][0], "(v|q|k) h d", 8), heads=8)
+    assert (found.confidence, str(found.layout)) == ("confident", "(v|q|k) h d"), found
 
 
 @pytest.mark.parametrize("layout", ["(k|v) g d", "g (v|k) d", "g d (k|v)"])

@@ -580,3 +580,11 @@ def test_assert_same_rows() -> None:
 def test_what_cannot_be_compared_is_an_error(a: object, b: object, sizes: dict[str, int], error: str) -> None:
     with pytest.raises(tt.LayoutError, match=error):
         tt.diagnose(a, b, **sizes)
+
+
+def test_no_reading_with_a_gate_beside_one_without() -> None:
+    sizes = {"g": 2, "r": 4, "h": 8, "d": 16}
+    weight = random(12 * 16, 5)
+    one, two = (tt.split(weight, text, axis=0, **sizes).v.flatten(0, 1) for text in ("g (q r|k|v) d", "(q h|k g|v g) d"))
+    found = tt.diagnose(one, two)
+    assert found.also and not any("gate" in text for text in (str(found.layout_a), str(found.layout_b), *found.also))

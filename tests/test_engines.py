@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,10 +15,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 import triptych as tt
+from triptych import portions
+from triptych.output import output_of
 from triptych.place import MARKER
 from triptych.progress import Lines
+from triptych.steps import OutFile
 
 from . import files
 from .test_convert import NEOX, neox
@@ -74,6 +79,104 @@ def test_a_share_that_is_missing(source: Path, tmp_path: Path) -> None:
         tt.convert(
             next(source.glob("*.safetensors")), tmp_path / "d.safetensors", TO, share=(1, 2), layouts={"*query_key_value*": "h (q|k|v) d"}
         )
+
+
+# Files in parts
+
+
+@pytest.fixture
+def divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portions, "LEAST", 0)
+
+
+@pytest.fixture
+def one_file(tmp_path: Path) -> Path:
+    files.checkpoint(tmp_path / "a", neox(5), NEOX)
+    shards = sorted((tmp_path / "a").glob("*.safetensors"))
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    for path in (*shards, tmp_path / "a" / "model.safetensors.index.json"):
+        path.unlink()
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    return tmp_path / "a"
+
+
+def loads(made: tt.Plan, ways: int) -> list[int]:
+    return [sum(task.size for task in mine) for mine in portions.deal(portions.tasks_of(output_of(made)), ways)]
+
+
+@pytest.mark.parametrize("ways", [2, 3, 4])
+def test_one_file_is_divided_among_shares(one_file: Path, tmp_path: Path, ways: int, divided: None) -> None:
+    tt.convert(one_file, tmp_path / "b", TO, workers=1)
+    dealt = loads(tt.plan(one_file, TO, tmp_path / "c"), ways)
+    tensors = [step.size for file in tt.plan(one_file, TO).files for step in file.steps]
+    assert max(dealt) <= sum(dealt) / ways + max(tensors)
+    for i in range(ways, 0, -1):
+        with pytest.raises(tt.PlanError, match="shares are missing"):
+            tt.convert(one_file, tmp_path / "c", TO, finish=True)
+        done = tt.convert(one_file, tmp_path / "c", TO, share=(i, ways))
+        assert done.size == dealt[i - 1] and not (tmp_path / "c" / "model.safetensors").exists()
+    assert len(list((tmp_path / "c").glob(".triptych-share-*.json"))) == ways
+    again = tt.convert(one_file, tmp_path / "c", TO, share=(1, ways))
+    assert set(again.kept) == set(again.files)
+    tt.convert(one_file, tmp_path / "c", TO, finish=True)
+    assert files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "b")
+
+
+def test_divided_shares_at_once(one_file: Path, tmp_path: Path) -> None:
+    tt.convert(one_file, tmp_path / "b", TO)
+    code = (
+        "import sys, triptych as tt; from triptych import portions; portions.LEAST = 0; "
+        f"tt.convert(sys.argv[1], sys.argv[2], {TO!r}, share=(int(sys.argv[3]), 3))"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(one_file), str(tmp_path / "c"), str(i)]) for i in (1, 2, 3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    tt.convert(one_file, tmp_path / "c", TO, finish=True)
+    assert files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "b")
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_write_one_file_together(one_file: Path, tmp_path: Path, workers: int, divided: None) -> None:
+    tt.convert(one_file, tmp_path / "b", TO, workers=1)
+    seen: list[int] = []
+    tt.convert(one_file, tmp_path / "c", TO, workers=workers, progress=seen.append)
+    assert files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "b") and sum(seen) > 0
+    alone = {"layouts": {"*query_key_value*": "h (q|k|v) d"}, "h": 3}
+    for name, many in (("d", 1), ("e", workers)):
+        (tmp_path / name).mkdir()
+        tt.convert(one_file / "model.safetensors", tmp_path / name / "x.safetensors", TO, workers=many, **alone)
+    assert files.snapshot(tmp_path / "d") == files.snapshot(tmp_path / "e") and len(files.snapshot(tmp_path / "e")) == 1
+
+
+def test_files_that_balance_stay_whole(source: Path, divided: None) -> None:
+    tasks = portions.tasks_of(output_of(tt.plan(source, TO)))
+    for ways in range(1, 9):
+        dealt = portions.deal(tasks, ways)
+        whole = portions._dealt(tasks, ways)[1]
+        if max(whole) <= 1.1 * sum(whole) / ways:
+            assert not any(task.total for mine in dealt for task in mine)
+        steps = [step.tensor for mine in dealt for task in mine if isinstance(task.item, OutFile) for step in task.item.steps]
+        assert sorted(steps) == sorted(step.tensor for task in tasks if isinstance(task.item, OutFile) for step in task.item.steps)
+
+
+def test_a_record_holds_as_long_as_its_file(one_file: Path, tmp_path: Path, divided: None) -> None:
+    """A file in parts that was removed is made anew, and no record speaks of it; a run without shares takes over and leaves nothing."""
+    tt.convert(one_file, tmp_path / "b", TO, workers=1)
+    tt.convert(one_file, tmp_path / "c", TO, share=(1, 2))
+    (tmp_path / "c" / ".model.safetensors.triptych-parts").unlink()
+    tt.convert(one_file, tmp_path / "c", TO, share=(2, 2))
+    with pytest.raises(tt.PlanError, match="share 1 of 2"):
+        tt.convert(one_file, tmp_path / "c", TO, finish=True)
+    for workers in (1, 2):
+        shutil.copytree(tmp_path / "c", tmp_path / f"c{workers}")
+        tt.convert(one_file, tmp_path / f"c{workers}", TO, workers=workers)
+        assert files.snapshot(tmp_path / f"c{workers}") == files.snapshot(tmp_path / "b")
+    tt.convert(one_file, tmp_path / "c", TO, share=(1, 2))
+    tt.convert(one_file, tmp_path / "c", TO, share=(2, 3))
+    tt.convert(one_file, tmp_path / "c", TO, finish=True)
+    assert files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "b")
+
+
+# Ray
 
 
 @pytest.fixture(scope="module")

@@ -11,23 +11,42 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "triptych"
 ORDER = [
-    "errors", "axes", "syntax", "layout", "sizes", "rowmap", "catalog", "pairs", "arrays", "tensors", "blocks",
+    "errors", "axes", "syntax", "layout", "sizes", "rowmap", "catalog", "pairs", "arrays", "weave", "tensors", "blocks",
     "sharding",  # the language, tensors in memory
-    "families", "formats", "pieces", "remote", "rope", "stamp", "packed", "remote_skeleton", "beside", "values",  # what a checkpoint holds
+    "families", "formats", "pieces", "remote_web", "remote_s3", "remote_gs", "remote_hub", "remote_fsspec",
+    "remote", "holes",
+    "rope", "stamp", "packed", "quantised", "remote_skeleton", "beside", "values",  # what a checkpoint holds
     "evidence", "head_size", "hypotheses", "rotary", "verdict", "detect", "samples", "detect_files", "agree",  # what its weights say
     "checkpoint",
-    "steps", "place", "remote_out", "relay", "moves", "outfiles", "plan", "mover", "output", "remote_run", "run", "run_ray",
+    "steps", "place", "remote_out", "relay", "moves", "outfiles", "plan", "turns", "mover", "output", "portions",
+    "remote_run", "run", "run_ray",
     "progress",  # what is done with it
-    "parallel", "shards", "whole", "shard_plan", "shard",  # among ranks
-    "listing", "ranges", "verify", "certificate", "digests", "partners", "rowdiff", "diff",  # what was done
+    "parallel", "shards", "whole", "rank_sets", "foreign", "shard_plan", "shard",  # among ranks
+    "listing", "ranges", "rowproof", "ranked", "expected", "verify", "certificate", "digests", "partners",
+    "rowdiff", "diff",  # what was done
     "lint",  # what is wrong with it
-    "drawing", "words", "columns", "render_text", "render_html", "render_ops", "render_code", "picture",  # how it is shown
+    "drawing", "words", "columns", "render_text", "render_html", "render_ops", "render_select", "render_code", "picture",  # how it is shown
     "live", "cli_options", "cli_check", "cli_write", "cli",
 ]  # fmt: skip
-PROOF = {"rowmap", "tensors", "steps", "mover", "output", "run", "run_ray", "relay", "moves", "outfiles", "plan"}
+PROOF = {
+    "rowmap",
+    "weave",
+    "tensors",
+    "steps",
+    "turns",
+    "mover",
+    "output",
+    "portions",
+    "run",
+    "run_ray",
+    "relay",
+    "moves",
+    "outfiles",
+    "plan",
+}
 """What verify.py may not use: it proves what these did."""
 HEAVY = {"torch", "ray", "transformers", "gguf", "huggingface_hub", "safetensors", "ml_dtypes", "einops", "peft",
-         "fsspec", "s3fs", "aiohttp"}  # fmt: skip
+         "fsspec", "botocore", "urllib3"}  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))
 
 
@@ -84,8 +103,11 @@ def test_the_core_needs_no_torch(path: Path) -> None:
 
 
 def test_the_proof_shares_no_code_with_what_it_proves() -> None:
-    for name in ("listing.py", "ranges.py", "verify.py", "certificate.py"):
+    mine = ("listing.py", "ranges.py", "rowproof.py", "ranked.py", "expected.py", "verify.py")
+    for name in (*mine, "certificate.py"):
         assert set(imports((SRC / name).read_text(), (name,))) & PROOF == set()
+    for name in mine:
+        assert set(imports((SRC / name).read_text(), (name,))) & {"rope", "beside", "sharding", "shards", "whole"} == set()
 
 
 def test_these_checks_can_fail() -> None:

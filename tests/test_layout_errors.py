@@ -25,6 +25,7 @@ class Mistake(NamedTuple):
 NOT_A_PART = "brackets hold parts, (q|k|v); axes need none: h d"
 NOT_AN_AXIS = "parts stand first in brackets: (q h d), (q|k|v)"
 EITHER_SIDE = "h = (g r), g = (t n), d = (c p): write either side"
+NO_NAME = "one bracket, (q|k|v); or `_`, which adds no name: (_ g (q r|k|v) d|gate h)"
 SIZES_APART = "sizes are given apart: h=32, d=128"
 
 MISTAKES = [
@@ -42,6 +43,20 @@ MISTAKES = [
     Mistake("h/g d", 1, "/", "quotients are axes of their own", "h = (g r) and d = (c p): name the axis you mean, or a free one"),
     Mistake("[q|k|v] h d", 0, "[", "brackets are round", "(q|k|v)"),
     Mistake("h {q|k|v} d", 2, "{", "brackets are round", "(q|k|v)"),
+    Mistake(
+        "... h (q|k|v) d",
+        0,
+        ".",
+        "a dot means nothing here",
+        "nested parts get theirs by themselves: (q (rot|pass)|k); other axes of the tensor are left out",
+    ),
+    Mistake(
+        "h (q|k|v) d @ 1",
+        12,
+        "@",
+        "an axis is no part of a layout",
+        "weights [in, out]: axis=1; on the command line --layout 'NAME_GLOB=LAYOUT @ 1'",
+    ),
     Mistake("h d!", 3, "!", "'!' means nothing here", "axes are words, parts stand in ( | )"),
     Mistake("(h d)", 1, "h", "'h' is an axis, and stands where a part is named", NOT_A_PART),
     Mistake("h q|k|v d", 0, "h", "'h' is an axis, and stands where a part is named", NOT_A_PART),
@@ -56,13 +71,13 @@ MISTAKES = [
     Mistake("(q|k|", 5, "", "a part is missing here", "(q|k|v)"),
     Mistake("(q|k=|v) d", 5, "|", "a part is missing here", "k=v says that k and v are one tensor, k=0 that k is zero"),
     Mistake("(q|k=1) d", 5, "1", "a part is missing here", "k=v says that k and v are one tensor, k=0 that k is zero"),
-    Mistake("((q|k) d|gate h)", 1, "(", "a branch begins with the name of its part", "`_` adds no name: (_ g (q r|k|v) d|gate h)"),
+    Mistake("((q|k) d|gate h)", 1, "(", "a branch begins with the name of its part", NO_NAME),
     Mistake("(_=q|k) d", 1, "_", "`_` has no name and no role", None),
     Mistake("(_=0 h|k) d", 1, "_", "`_` has no name and no role", None),
     Mistake("(q|k|q) h d", 5, "q", "part 'q' stands twice", "each part has one name of its own: (q1|q2|k)"),
     Mistake("(q|k=q) h d", 5, "q", "part 'q' stands twice", "each part has one name of its own: (q1|q2|k)"),
-    Mistake("h d d", 4, "d", "axis 'd' stands twice", EITHER_SIDE),
-    Mistake("h (q h|k) d", 5, "h", "axis 'h' stands twice on the way to part 'q'", EITHER_SIDE),
+    Mistake("h d d", 4, "d", "axis 'd' stands twice", "leave one out"),
+    Mistake("h (q h|k) d", 5, "h", "axis 'h' stands twice on the way to part 'q'", "leave one out"),
     Mistake("h (q|k|v) g d", 10, "g", "axes 'h' and 'g' number the same heads or dims on the way to part 'q'", EITHER_SIDE),
     Mistake("(q g r|k g t) d", 11, "t", "axes 'g' and 't' number the same heads or dims on the way to part 'k'", EITHER_SIDE),
     Mistake("h c p d", 6, "d", "axes 'c' and 'd' number the same heads or dims", EITHER_SIDE),

@@ -6,11 +6,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
 
 import triptych as tt
 from triptych.cli import main
@@ -116,3 +119,89 @@ def test_without_transformers(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_figures_are_always_there() -> None:
     assert str(Logits("a", "b", "no config")).startswith("logits: not compared: no config")
+
+
+# Other families: one model class of each way to store q, k and v
+
+SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 40, "vocab_size": 60, "max_position_embeddings": 64}
+GQA = {**SIZES, "num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any], str, str]] = {  # class, config, the module of layer 1 that is damaged, the target on the way
+    "llama": ("LlamaForCausalLM", GQA, "model.layers.1.self_attn.k_proj", "fused"),
+    "qwen2": ("Qwen2ForCausalLM", GQA, "model.layers.1.self_attn.v_proj", "fused"),
+    "phi3": ("Phi3ForCausalLM", GQA, "model.layers.1.self_attn.qkv_proj", "split"),
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 48, "n_head": 6, "n_layer": 2, "vocab_size": 60}, "transformer.h.1.attn.c_attn", "split"),
+    "gptj": ("GPTJForCausalLM", {"n_embd": 48, "n_head": 6, "n_layer": 2, "vocab_size": 60, "rotary_dim": 4},
+             "transformer.h.1.attn.q_proj", "fused"),
+    "falcon": ("FalconForCausalLM", {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 60},
+               "transformer.h.1.self_attention.query_key_value", "split"),
+    "falcon 40b": ("FalconForCausalLM", {"hidden_size": 48, "num_attention_heads": 6, "num_kv_heads": 2, "num_hidden_layers": 2,
+                                         "vocab_size": 60, "new_decoder_architecture": True},
+                   "transformer.h.1.self_attention.query_key_value", "split"),
+    "bloom": ("BloomForCausalLM", {"hidden_size": 48, "n_head": 6, "n_layer": 2, "vocab_size": 60},
+              "transformer.h.1.self_attention.query_key_value", "split"),
+    "bert": ("BertModel", {**SIZES, "num_attention_heads": 6}, "encoder.layer.1.attention.self.key", "fused"),
+}  # fmt: skip
+
+
+def made(name: str, folder: Path) -> Path:
+    kind, sizes, *_ = FAMILIES[name]
+    torch.manual_seed(1)
+    model = getattr(transformers, kind)
+    model(model.config_class(**sizes)).save_pretrained(folder)
+    return folder
+
+
+def damaged(path: Path, out: Path, tensor: str, rows: tuple[int, int] = (2, 11)) -> Path:
+    """Two rows of one weight exchanged."""
+    shutil.copytree(path, out)
+    file = out / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    weight = tensors[tensor].clone()
+    turned = weight.T if tensor.endswith("c_attn.weight") else weight
+    turned[list(rows)] = turned[list(rows[::-1])].clone()
+    save_file({**tensors, tensor: weight}, file, metadata)
+    return out
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_there_and_back_in_every_family(tmp_path: Path, name: str) -> None:
+    """Fused tensors made separate and joined again, or the other way round; then two rows of layer 1 exchanged."""
+    *_, module, to = FAMILIES[name]
+    path = made(name, tmp_path / "a")
+    tt.convert(path, tmp_path / "s", to)
+    assert "is no name of" in logits(path, tmp_path / "s").cannot
+    fused = next(one for one in tt.inspect(tmp_path / ("s" if to == "fused" else "a")).projections if one.kind == "attention")
+    tt.convert(tmp_path / "s", tmp_path / "b", "split" if to == "fused" else f"fused:{fused.layout}")
+    good = logits(path, tmp_path / "b")
+    assert good.equal and good.modules > 20, str(good)
+    wrong = damaged(tmp_path / "b", tmp_path / "w", f"{module}.weight")
+    found = logits(path, wrong)
+    assert found.first is not None and found.first.module == module and found.first.ulps > 100 and not found.equal
+    with pytest.raises(tt.MismatchError):
+        tt.verify(path, wrong)
+
+
+def test_a_fused_model_and_its_separate_twin_under_another_class(tmp_path: Path) -> None:
+    """Phi-3 as Llama: q, k and v of the fused output are compared with the outputs of three modules, part by part."""
+    path = made("phi3", tmp_path / "a")
+    tt.convert(path, tmp_path / "b", "split")
+    file = tmp_path / "b" / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    for name in [name for name in tensors if "gate_up" in name]:
+        gate, up = tensors.pop(name).chunk(2)
+        tensors |= {name.replace("gate_up", "gate"): gate.clone(), name.replace("gate_up", "up"): up.clone()}
+    save_file(tensors, file, metadata)
+    LlamaConfig(**GQA, architectures=["LlamaForCausalLM"], rms_norm_eps=1e-5).save_pretrained(tmp_path / "b")
+    good = logits(path, tmp_path / "b")
+    assert good.beyond is None and good.modules > 20 and (good.first is None or "than rounding brings them" in str(good)), str(good)
+    wrong = damaged(tmp_path / "b", tmp_path / "w", "model.layers.1.self_attn.k_proj.weight")
+    found = logits(path, wrong)
+    assert found.beyond is not None and found.beyond.relative > 0.1 and "beyond   model" in str(found)
+    assert found.beyond.module == "model.layers.1.self_attn.qkv_proj and model.layers.1.self_attn.k_proj, part k"
+    found = logits(wrong, path)
+    assert found.beyond is not None
+    assert found.beyond.module == "model.layers.1.self_attn.k_proj and model.layers.1.self_attn.qkv_proj, part k"

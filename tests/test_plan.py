@@ -173,9 +173,19 @@ def test_targets() -> None:
     for text in ("split", "fused", "fused:h (q|k|v) d", "h (q|k|v) d", "(q h|k g|v g) d"):
         assert str(target_of(text)) == text
     assert target_of(" split ").split and target_of(Layout("h (q|k) d")).layout == Layout("h (q|k) d")
-    for wrong in ("fused:", "split:h d", "3"):
+    for wrong in ("fused:", "3"):
         with pytest.raises(tt.LayoutSyntaxError):
             target_of(wrong)
+    for wrong, advice in (
+        ("fusd", "did you mean 'fused'?"),
+        ("Split", "did you mean 'split'?"),
+        ("split:h d", "split"),
+        ("fused g (q r|k|v) d", "fused:g (q r|k|v) d"),
+        ("megatron", "`triptych families NAME`"),
+    ):
+        with pytest.raises(tt.LayoutError, match="this is no target") as caught:
+            target_of(wrong)
+        assert str(caught.value.fields["try"]).startswith(advice)
 
 
 def test_layouts_of_parts() -> None:

@@ -111,6 +111,14 @@ CASES: list[tuple[str, dict[str, Any], str, str, str, str | None]] = [
         "m=4 n=3 d=8",
         "partial interleaved: first 4 of 8 dims",
     ),
+    (
+        "codegen",
+        {"n_embd": 96, "n_head": 12, "n_layer": 1, "rotary_dim": 2, "vocab_size": 50},
+        "qkv_proj",
+        "m (q|v|k) n d",
+        "m=4 n=3 d=8",
+        "partial half or interleaved: first 2 of 8 dims",
+    ),
     ("phi3", {**SMALL, **GQA}, "qkv_proj", "(q h|k g|v g) d", "h=6 d=8 g=2", "half"),
     ("gpt_bigcode", {"n_embd": 24, "n_head": 3, "n_layer": 1, "vocab_size": 50}, "c_attn", "(q h|k g|v g) d", "h=3 d=8 g=1", None),
     (
@@ -426,6 +434,20 @@ def test_grouped_query_attention_by_the_flag_of_torch() -> None:
             return F.scaled_dot_product_attention(y[:, :, :3].flatten(1, 2), y[:, :, 3], y[:, :, 4], enable_gqa=True)
 
     assert str(probe(Grouped())["qkv"]) == "g (q r|k|v) d  g=2 r=3 d=8"
+
+
+def test_a_summary_beside_the_tokens_hides_nothing() -> None:
+    class Summary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.kv, self.summary = nn.Linear(12, 24), nn.Linear(12, 8), nn.Linear(12, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q(x).view(*x.shape[:2], 3, 8).transpose(1, 2)
+            kv = torch.cat([self.kv(x), self.summary(x).mean(1, keepdim=True)], 1)[:, None]
+            return (q @ kv.transpose(-1, -2)).softmax(-1) @ kv
+
+    assert {name: str(seen) for name, seen in probe(Summary()).items()} == {"kv": "(k=v) f  f=8"}
 
 
 def test_rows_that_reach_nothing_are_said() -> None:

@@ -241,3 +241,14 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert first == "query_key_value is   h (q|k|v) d  h=4 d=32"
     assert "9 tokens cached (2, 4, 9, 32)" in rest[-2]
     assert all(float(number) < 1e-12 for line in rest for number in re.findall(r"\de-\d+", line))
+
+
+def test_what_is_no_question() -> None:
+    """A weight for its module, no part, and a list of parts: prepared once, as a tuple is."""
+    linear, x = nn.Linear(5, 24), torch.randn(2, 5)
+    for what, part, message in ((linear.weight, "q", "rows are taken from a module"), (linear, (), "no part is asked for")):
+        with pytest.raises(tt.LayoutError, match=message):
+            project(what, x, part, "h (q|k|v) d", h=2)  # type: ignore[call-overload]
+    listed = project(linear, x, ["k", "v"], "h (q|k|v) d", h=2)  # type: ignore[call-overload]
+    again = project(linear, x, ("k", "v"), "h (q|k|v) d", h=2)
+    assert isinstance(again, tuple) and all(map(torch.equal, listed, again)) and [one.shape for one in again] == [(2, 2, 4)] * 2

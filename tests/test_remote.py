@@ -21,58 +21,12 @@ from triptych.mover import Mover
 from triptych.place import MARKER
 from triptych.run import run
 
-from . import files
-from .remote_servers import Bucket, Log, s3, serving
+from . import files, remote_servers
+from .remote_servers import INDEX, SHARDS, Bucket, H, Log, serving
 
-H, D = 6, 128
-BIG = {"model_type": "gpt_neox", "hidden_size": H * D, "num_attention_heads": H}
-ATTENTION = "gpt_neox.layers.0.attention.query_key_value."
-SHARDS: list[dict[str, tuple[str, tuple[int, ...]]]] = [
-    {ATTENTION + "weight": ("BF16", (3 * H * D, H * D)), "gpt_neox.layers.0.mlp.weight": ("BF16", (4801, H * D)), "odd": ("U8", (7,))},
-    {ATTENTION + "bias": ("BF16", (3 * H * D,)), **{f"norm.{i}": ("F32", (3 + i,)) for i in range(9)}},
-]
-INDEX = "model.safetensors.index.json"
-ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": "a",
-    "AWS_SECRET_ACCESS_KEY": "b",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose first shard takes several requests, and whose second one is small."""
-    folder = tmp_path_factory.mktemp("source")
-    files.checkpoint(folder, SHARDS, BIG)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def done(source: Path) -> dict[str, bytes]:
-    """The conversion on a disk."""
-    tt.convert(source, source.parent / "done", "split")
-    return files.snapshot(source.parent / "done")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Bucket]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        with s3() as (url, bucket):
-            patch.setenv("AWS_ENDPOINT_URL", url)
-            remote._shared.cache_clear()
-            yield bucket
-            remote._shared.cache_clear()
-
-
-@pytest.fixture
-def bucket(server: Bucket) -> Iterator[Bucket]:
-    server.empty()
-    yield server
-    assert server.uploads() == [], "no upload is left half-way"
+server, bucket, source, done, small = (
+    remote_servers.server, remote_servers.bucket, remote_servers.source, remote_servers.done, remote_servers.small,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -81,20 +35,13 @@ def web(source: Path) -> Iterator[tuple[str, Log]]:
         yield url, log
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
-    monkeypatch.setattr(remote, "BLOCK", 5 << 20)
-    monkeypatch.setattr(remote_run, "BLOCK", 1 << 20)
-
-
 def check_ranges(log: Log, source: Path, block: int = 1 << 20) -> None:
     """Weights were read by ranges of one block at most, each byte about once."""
     asked = log.gets()
     assert asked and all(start is not None and stop is not None and stop - start <= block for start, stop in asked)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     assert size <= sum(stop - start for start, stop in asked if start is not None and stop is not None) <= 1.1 * size
-    assert len(asked) < 12 + size // block, "tensors that lie side by side come together"
+    assert len([0 for span in asked if span != (0, 1)]) < 12 + size // block, "tensors that lie side by side come together"
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -133,7 +80,8 @@ def test_disk_to_s3(bucket: Bucket, source: Path, done: dict[str, bytes]) -> Non
     assert bucket.snapshot("out/b/") == done and sum(seen) > 10_000_000
     assert made.plan.out == "s3://bucket/out/b" and any("room" in note for note in made.plan.notes)
     puts = [path for method, path, _, _ in bucket.log.asked if method == "PUT"]
-    assert puts[0].endswith(MARKER) and puts[-1].endswith(INDEX), "the marker first, the index last"
+    assert puts[0].endswith(MARKER), "the marker first"
+    assert [path for path in puts if not path.endswith(MARKER)][-1].endswith(INDEX), "the index last"
     assert puts.count("/bucket/out/b/model-00001-of-00002.safetensors") == 3, "in parts"
 
 
@@ -224,10 +172,10 @@ def test_what_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     class File:
         size = len(data)
 
-        def read(self, start: int, stop: int) -> bytes:
+        def parts(self, start: int, stop: int) -> Iterator[bytes]:
             assert 0 < stop - start <= 16
             asked.append((start, stop))
-            return data[start:stop]
+            yield data[start:stop]
 
     def some(number: int) -> list[tuple[str, int, int]]:
         starts = [rng.randrange(300) for _ in range(number)]
@@ -273,7 +221,7 @@ def test_interrupted_then_continued(bucket: Bucket, source: Path, done: dict[str
 
 def test_killed_in_an_upload_then_continued(bucket: Bucket, source: Path, done: dict[str, bytes]) -> None:
     slow = "import sys, time, triptych as tt; from triptych import remote; commit = remote.Upload.commit\n"
-    slow += "remote.Upload.commit = lambda self: commit(self) if self._small is not None else time.sleep(99)\n"
+    slow += "remote.Upload.commit = lambda self: commit(self) if self._small is not None else (self._flush(True), time.sleep(99))\n"
     ran = subprocess.Popen([sys.executable, "-c", f"{slow}tt.convert(sys.argv[1], 's3://bucket/b', 'split')", str(source)])
     until = time.monotonic() + 20
     while not bucket.uploads() and time.monotonic() < until:
@@ -366,7 +314,7 @@ def test_places_that_are_refused(bucket: Bucket, source: Path, web: tuple[str, L
         "s3://bucket": "no name",
         "hf://org/name": "nothing can be written there",
         f"{web[0]}/out": "nothing can be written there",
-        "ftp://host/x": "no such kind of URL",
+        "az://host/x": "nothing can be written there",
     }.items():
         with pytest.raises(tt.PlanError, match=match):
             tt.plan(source, "split", out)
@@ -386,15 +334,16 @@ def test_inputs_that_are_refused(bucket: Bucket, source: Path) -> None:
         with pytest.raises(tt.FormatError, match=match) as caught:
             tt.inspect(url)
         assert "/tmp" not in str(caught.value)
-    with pytest.raises(tt.PlanError, match="not asked for their layout"):
-        tt.plan("s3://bucket/a", "split", check_weights=True)
-    with pytest.raises(tt.FormatError, match="a URL is not read here"):
-        tt.verify(source, "s3://bucket/a")
 
 
 def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.import_module
-    for scheme, package, extra in (("s3", "fsspec", "remote"), ("s3", "s3fs", "remote"), ("hf", "huggingface_hub", "hub")):
+    for scheme, package, extra in (
+        ("s3", "urllib3", "remote"),
+        ("s3", "botocore", "remote"),
+        ("gs", "google.auth", "gcs"),
+        ("hf", "huggingface_hub", "hub"),
+    ):
 
         def fake(name: str, package_: str | None = None, gone: str = package) -> Any:
             if name == gone:

@@ -731,7 +731,7 @@ def test_errors(fn: Any, kwargs: dict[str, Any], message: str) -> None:
 
 def test_a_layout_that_does_not_fit_is_told() -> None:
     report = trace(uses_global, tokens(), layout="h (q|k|v|gate) c d2")
-    assert report.findings == ("h (q|k|v|gate) c d2 fits 60 rows at none of the sizes seen",)
+    assert report.findings == ("h (q|k|v|gate) c d2 fits 60 rows at none of the sizes seen: no module here names heads",)
 
 
 # -- as if it had run alone --------------------------------------------------------------------------------------------

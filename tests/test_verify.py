@@ -12,7 +12,7 @@ import pytest
 
 import triptych as tt
 from tests import files, packings
-from triptych.errors import FormatError, MismatchError
+from triptych.errors import FormatError, MismatchError, PlanError
 from triptych.layout import Layout
 from triptych.listing import listing
 from triptych.sizes import bind
@@ -113,14 +113,16 @@ def test_wrong_stamps(pair: tuple[Path, Path]) -> None:
     tt.convert(*pair, "h d (q|k|v)")
     tt.verify(*pair)
     tt.verify(*pair, "fused:h d (q|k|v)")
-    for to, match in (("(q|k|v) h d", "another layout"), ("fused:(q|k|v) h d", "another layout"), ("split", "has fused projections"),
-                      ("h (k|v) d", "no fused projection")):  # fmt: skip
+    for to, match in (("(q|k|v) h d", "another layout"), ("fused:(q|k|v) h d", "another layout"),
+                      ("split", "missing in the output")):  # fmt: skip
         with pytest.raises(MismatchError, match=match):
             tt.verify(*pair, to)
+    with pytest.raises(PlanError, match="speaks of no projection"):
+        tt.verify(*pair, "h (k|v) d")
     shutil.rmtree(pair[1])
     tt.convert(*pair, "split")
     tt.verify(*pair, "split")
-    with pytest.raises(MismatchError, match="no fused projection"):
+    with pytest.raises(MismatchError, match="missing in the output"):
         tt.verify(*pair, "h (q|k|v) d")
 
 

@@ -21,15 +21,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import formats, ranges, stamp
+from .agree import checked
+from .axes import ATOMS
 from .errors import FormatError, LayoutError, MismatchError, PlanError
+from .expected import Claim
 from .formats import Stored, Tensor
 from .layout import Layout, count
-from .listing import origins
+from .listing import Origin, Turn, origins
 from .packed import Packed
 from .pieces import in_bytes
 from .ranges import Ranges
+from .ranked import ranks_below
+from .remote_skeleton import reading_urls
+from .rope import Rope, named, sizes_of
+from .rowproof import Proof
 from .sizes import Sizes, bind
-from .verify import Proof, prove
+from .verify import prove
 
 VERSION, MAX_ROWS = 1, 1 << 22
 
@@ -46,10 +53,10 @@ class Certificate:
 
     def write(self, path: str | Path) -> None:
         """A new file. Raises PlanError when there is one."""
-        text = json.dumps(self.table, indent=1, ensure_ascii=False) + "\n"
+        content = json.dumps(self.table, indent=1).encode() + b"\n"
         try:
-            with Path(path).open("x", encoding="utf-8") as file:
-                file.write(text)
+            with Path(path).open("xb") as file:
+                file.write(content)
         except FileExistsError:
             raise PlanError("the certificate exists", where=str(path), try_="remove it, or give another name") from None
 
@@ -82,25 +89,37 @@ def certify(
     out: str | Path,
     to: str | Layout | None = None,
     *,
+    rope: str | None = None,
+    orientation: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+    names: Mapping[str, str] | None = None,
     layouts: Mapping[str, str] | None = None,
     records: str | Path | None = None,
     **sizes: int,
 ) -> Certificate:
-    """Prove as `verify` does, then write down what a later check needs. Arguments and errors are those of `verify`."""
-    proved = prove(path, out, to, layouts=layouts, records=records, **sizes)
+    """Prove as `verify` does, then write down what a later check needs. Arguments and errors are those of `verify`.
+
+    Raises PlanError too, for ranks, and where the record of the input is ambiguous and its weights do not settle it.
+    """
+    if ranks := next((place for place in (path, out) if ranks_below(place)), None):
+        raise PlanError("ranks have no certificate", where=str(ranks), try_="merge them, and certify the whole")
+    proved = prove(path, out, to, rope=rope, orientation=orientation, overrides=overrides, names=names, layouts=layouts, records=records,
+                   **sizes)  # fmt: skip
     before, after = proved.before.stored, proved.after.stored
+    checked(path, proved.before.projections, before.tensors)
     table = {
         "version": VERSION,
         "program": {"triptych": _version(), "python": platform.python_version(), "numpy": np.__version__},
         "plan": _plan(after),
         "source": {"name": Path(path).resolve().name, "tensors": _digests(before)},
         "output": {"name": Path(out).resolve().name, "tensors": _digests(after)},
-        "projections": [{"source": _side(one), "output": _side(two)} for one, two in proved.pairs],
+        "projections": [_stated(claim) for claim in proved.claims],
         "stamps": _stamps(after),
     }
     return Certificate(table, proved.proof)
 
 
+@reading_urls("certificate", "out", "source")
 def check_certificate(certificate: str | Path, out: str | Path, source: str | Path | None = None) -> Checked:
     """Check an output against its certificate: its digests, its stamps, and that its rows in the old order give the input's digests.
 
@@ -118,7 +137,7 @@ def check_certificate(certificate: str | Path, out: str | Path, source: str | Pa
 
 
 def _check(table: Mapping[str, Any], certificate: str, out: str | Path, source: str | Path | None) -> Checked:
-    if table["version"] != VERSION:
+    if table["version"] != VERSION or table["version"] is True:
         raise FormatError("a certificate of a version that this program does not know", file=certificate, expected=VERSION,
                           found=repr(table["version"]))  # fmt: skip
     stored = formats.read(out)
@@ -168,6 +187,8 @@ def _put_back(one: Mapping[str, Any], told: Mapping[str, Any], reader: Ranges) -
     found = origins(layouts[0], layouts[1], _sizes(old), _sizes(new))
     if isinstance(found, str):
         raise MismatchError("the layouts of the certificate do not hold the same rows", tensor=next(iter(new["tensors"])), found=found)
+    _must_be_alike([*((told[name]["dtype"], told[name]["shape"], axis) for name in old["tensors"]),
+                    *((reader.tensors[name].dtype, reader.tensors[name].shape, new["axis"]) for name in new["tensors"])])  # fmt: skip
     tables = [_rows(reader, reader.tensors[name], axis, new["axis"]) for name in new["tensors"]]
     if any(math.prod(shape[:axis]) != len(tables[0]) for shape in shapes):
         raise ValueError(f"shapes of {shapes} in the input")
@@ -196,6 +217,13 @@ def _must_fill(layouts: Iterable[Layout], sizes: Sizes, axis: int, shapes: Itera
             raise ValueError(f"a shape of {shape} for {layout} with {sizes.of(layout)}")
 
 
+def _must_be_alike(kinds: Sequence[tuple[str, Sequence[int], int]]) -> None:
+    """Tensors of one projection, on both sides, have one dtype and, but for the packed axis, one shape. Raises MismatchError."""
+    found = {f"{dtype} {[*shape[:axis], *shape[axis + 1 :]]}" for dtype, shape, axis in kinds}
+    if len(found) > 1:
+        raise MismatchError("by the certificate dtype or shape of a projection changed", found=" and ".join(sorted(found)))
+
+
 def _rows(reader: Ranges, tensor: Tensor, axis: int, packed: int) -> NDArray[np.uint8]:
     """[slices, rows, bytes of a row] of a tensor that is packed along `packed`, as one that is packed along `axis`."""
     raw = reader.read(tensor, 0, tensor.size).reshape(*tensor.shape, tensor.size // max(1, math.prod(tensor.shape)))
@@ -208,10 +236,44 @@ def _sizes(side: Mapping[str, Any]) -> Sizes:
     return bind(*layouts, **side["sizes"])
 
 
-def _side(packed: Packed) -> dict[str, Any]:
-    used = dict.fromkeys(axis for piece in packed.pieces for axis in piece.layout.axes)
-    tensors = {piece.tensor: str(piece.layout) for piece in packed.pieces}
-    return {"axis": packed.axis, "sizes": {axis: packed.sizes[axis] for axis in used}, "tensors": tensors}
+def _stated(claim: Claim) -> dict[str, Any]:
+    """Both sides of a claim in layouts alone, which must say what was proved: rotary pairs have axes of their own in them."""
+    sides = (claim.source, claim.turns[0]), (claim.target, claim.turns[1])
+    layouts = [tuple(_in_pairs(piece.layout, turn) for piece in side.pieces) for side, turn in sides]
+    sizes = [_sized(side, some, turn) for (side, turn), some in zip(sides, layouts, strict=True)]
+    plain = [tuple(piece.layout for piece in side.pieces) for side, _ in sides]
+    proved = origins(plain[0], plain[1], claim.source.sizes, claim.target.sizes, claim.turns)
+    told = origins(layouts[0], layouts[1], sizes[0], sizes[1])
+    if not _same(proved, told):
+        found = " and ".join(map(str, layouts[1]))
+        raise MismatchError("no layouts say what was proved of a projection", tensor=claim.target.name, found=found)
+    return {
+        word: _side(side, some, known) for word, (side, _), some, known in zip(("source", "output"), sides, layouts, sizes, strict=True)
+    }
+
+
+def _same(one: tuple[Origin, ...] | str, two: tuple[Origin, ...] | str) -> bool:
+    if isinstance(one, str) or isinstance(two, str):
+        return False
+    return all(np.array_equal(a, b) for mine, theirs in zip(one, two, strict=True) for a, b in zip(mine, theirs, strict=True))
+
+
+def _in_pairs(layout: Layout, turn: Turn | None) -> Layout:
+    return layout if turn is None else named(layout, Rope(*turn[:3]), turn.order if turn.asked else None)
+
+
+def _sized(packed: Packed, layouts: tuple[Layout, ...], turn: Turn | None) -> Sizes:
+    """Sizes for layouts with pairs."""
+    used = {axis for layout in layouts for axis in layout.axes}
+    more = [sizes_of(piece.layout, Rope(*turn[:3]), packed.sizes) for piece in packed.pieces] if turn else []
+    known = {axis: size for axis, size in packed.sizes.items() if axis in used or axis in ATOMS}
+    return bind(*layouts, **known | {axis: size for table in more for axis, size in table.items() if axis in used})
+
+
+def _side(packed: Packed, layouts: tuple[Layout, ...], sizes: Sizes) -> dict[str, Any]:
+    used = dict.fromkeys(axis for layout in layouts for axis in layout.axes)
+    tensors = {piece.tensor: str(layout) for piece, layout in zip(packed.pieces, layouts, strict=True)}
+    return {"axis": packed.axis, "sizes": {axis: sizes[axis] for axis in used}, "tensors": tensors}
 
 
 def _digests(stored: Stored) -> dict[str, Any]:

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from glob import escape
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import axes, families, formats, packed, stamp
+from . import axes, families, formats, packed, quantised, stamp
+from .families import Record
 from .formats import Stored
 from .layout import Layout
 from .packed import Packed
-from .pieces import in_bytes, shown, star
+from .pieces import alone, base_names, in_bytes, shown, star
 from .remote_skeleton import skeleton
+from .sizes import bind
 
 if TYPE_CHECKING:
     from .agree import Agreement
@@ -111,13 +115,14 @@ def inspect(
     """
     with skeleton(path) as here, formats.without_gc():
         found = open_checkpoint(here.path, layouts or {}, sizes, records=records)
-        here.check_asked((), check_weights)
+        if check_weights:
+            from .agree import checked  # it reads weights, for which it loads NumPy
+
+            found = replace(found, agreements=checked(here.path, found.projections, found.stored.tensors, check_weights, settle=False))
     if here.states is not None:
         found = replace(found, url=here.name, notes=(*found.notes, *here.notes))
     if check_weights:
-        from .agree import checked  # it reads weights, for which it loads NumPy
-
-        return replace(found, agreements=checked(path, found.projections, found.stored.tensors, check_weights, settle=False))
+        return found
     return replace(found, notes=(*found.notes, *packed.doubts(found.projections)))
 
 
@@ -126,18 +131,32 @@ def open_checkpoint(
     path: str | Path, layouts: Mapping[str, str], sizes: Mapping[str, int], more: Sequence[Layout] = (), records: str | Path | None = None
 ) -> Checkpoint:
     """As `inspect`; `more` are layouts whose axes `sizes` may also speak of."""
-    stored = formats.read(path)
+    return known(formats.read(path), layouts, sizes, more, families.load_records(records) if records else ())
+
+
+def known(
+    stored: Stored, layouts: Mapping[str, str], sizes: Mapping[str, int], more: Sequence[Layout] = (), records: Sequence[Record] = ()
+) -> Checkpoint:
+    """What is known of tensors whose names, shapes and config are at hand, wherever their bytes are; `records` are asked before ours."""
     stamped = {name: told for file in stored.files for name, told in stamp.decode(file).items()}
     given = packed.given(layouts, stored.tensors)
-    shapes = {name: tensor.shape for name, tensor in stored.tensors.items() if name not in stamped}
-    said = families.declared(formats.read_config(stored), shapes, families.load_records(records) if records else (), sizes)
+    shapes = dict(zip(stored.tensors, map(attrgetter("shape"), stored.tensors.values()), strict=True))
+    for name in stamped:
+        shapes.pop(name, None)
+    said = families.declared(formats.read_config(stored), shapes, records, sizes)
     record = {name: one for one in said.projections for name in ([one.name] if one.fused else one.parts.values())}
     notes = list(_other_orders(stored, stamped, records, sizes)) if stamped else []
     told: dict[str, families.Projection | stamp.Stamped] = {**record, **stamped}
     hand = {name: packed.by_hand(layout, axis, stored.tensors[name], sizes, told.get(name)) for name, (layout, axis) in given.items()}
     for name in [name for name in hand if name in stamped]:
         packed.must_agree(name, hand.pop(name), stamped[name])
-    found = [*packed.from_stamps(stamped), *packed.from_records(said.projections, hand, notes), *packed.from_hand(hand, record)]
+    found = [
+        *_as_usual(packed.from_stamps(stamped), stored, records, sizes),
+        *packed.from_records(said.projections, hand, notes),
+        *packed.from_hand(hand, record),
+    ]
+    words, unmoved = quantised.projections(stored, [*map(escape, stamped), *layouts], records, sizes)
+    found += words
     for one in found:
         packed.check_fit(one, stored.tensors)
     spoken = [*(one.layout for one in found), *more, *(layout for layout, _ in given.values())]
@@ -145,16 +164,38 @@ def open_checkpoint(
     firsts = {one.pieces[0].tensor for one in found}
     order = {name: i for i, name in enumerate(filter(firsts.__contains__, stored.tensors))}
     found.sort(key=lambda one: order[one.pieces[0].tensor])
-    unknown = {name: reason for name, reason in said.unknown.items() if name not in hand}
+    unknown = {name: reason for name, reason in {**said.unknown, **unmoved}.items() if name not in hand}
     return Checkpoint(stored, said.family, tuple(found), unknown, (*stored.notes, *dict.fromkeys(notes)))
 
 
+def _as_usual(found: Iterable[Packed], stored: Stored, records: Sequence[Record], sizes: Mapping[str, int]) -> Iterator[Packed]:
+    """Parts that a conversion left apart: joined by default in the order that the record of their family gives the fused tensor."""
+    found = list(found)
+    shapes = {one.name: _joined(one, stored) for one in found if not one.fused}
+    said = families.declared(formats.read_config(stored), shapes, records, sizes).projections if shapes else ()
+    usual = {record.name: record for record in said if record.fused and not record.ambiguous}
+    for one in found:
+        record = usual.get(one.name) if not one.fused else None
+        own = {base_names(piece.layout)[0]: piece.layout for piece in one.pieces}
+        if record and record.axis == one.axis and own == {part: alone(record.layout, part) for part in base_names(record.layout)}:
+            bound = bind(record.layout, *own.values(), **{**record.sizes, **one.sizes})
+            yield replace(one, layout=record.layout, sizes=bound)
+        else:
+            yield one
+
+
+def _joined(one: Packed, stored: Stored) -> tuple[int, ...]:
+    """The shape of the tensor that its parts would become."""
+    shapes = [stored.tensors[piece.tensor].shape for piece in one.pieces]
+    return (*shapes[0][: one.axis], sum(shape[one.axis] for shape in shapes), *shapes[0][one.axis + 1 :])
+
+
 def _other_orders(
-    stored: Stored, stamped: Mapping[str, stamp.Stamped], records: str | Path | None, sizes: Mapping[str, int]
+    stored: Stored, stamped: Mapping[str, stamp.Stamped], records: Sequence[Record], sizes: Mapping[str, int]
 ) -> Iterator[str]:
     """A sentence for each kind of stamped tensor whose family record says another order: that of the model's own code."""
     shapes = {name: stored.tensors[name].shape for name in stamped}
-    said = families.declared(formats.read_config(stored), shapes, families.load_records(records) if records else (), sizes)
+    said = families.declared(formats.read_config(stored), shapes, records, sizes)
     for one in said.projections:
         told = stamped[one.name] if one.fused else None
         if told is not None and not packed.same_rows(told.layout, told.sizes, one.layout, one.sizes):

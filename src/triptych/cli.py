@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"{context.command_path if context else 'triptych'} --help"
+        if "unexpected extra argument" in error.format_message() and "=" in error.format_message():
+            hint = "sizes are given with -s: -s h=32 -s d=128"
         text = f"UsageError: {printable(error.format_message())}\n  try      {hint}"
         code = _fail(2, text, {"error": "UsageError", "what": error.format_message(), "try": hint}, arguments)
     except (KeyboardInterrupt, click.Abort):
@@ -50,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
     except OSError as error:
-        fields = {"file": str(error.filename), "found": error.strerror}
-        text = f"OSError: a file cannot be used\n  file     {printable(fields['file'] or '')}\n  found    {error.strerror}"
+        file = str(error.filename) if error.filename is not None else "the output of this command"
+        fields = {"file": file, "found": error.strerror}
+        text = f"OSError: a file cannot be used\n  file     {printable(file)}\n  found    {error.strerror}"
         code = _fail(3, text, {"error": "OSError", "what": "a file cannot be used", **fields}, arguments)
     except Exception:
         traceback.print_exc()
@@ -92,6 +95,8 @@ def explain_(layout: str, read_as: str | None, plain: bool, sizes: dict[str, int
     from .picture import explain
     from .render_text import text
 
+    for word in (layout, read_as or ""):
+        _check_no_family(word)
     picture = explain(layout, read_as, **sizes)
     if as_json:
         click.echo(json.dumps(picture.to_dict(), ensure_ascii=False))
@@ -100,6 +105,16 @@ def explain_(layout: str, read_as: str | None, plain: bool, sizes: dict[str, int
     width = min(shutil.get_terminal_size().columns, 120) if terminal else 80
     plain = plain or not (sys.stdout.encoding or "").lower().startswith("utf")
     click.echo(text(picture, width, plain, terminal and "NO_COLOR" not in os.environ), color=terminal)
+
+
+def _check_no_family(word: str) -> None:
+    """A name of a family where a layout is wanted would be taken for an axis."""
+    from .families import lookup
+
+    if len(word) > 1 and not any(letter in word for letter in " (|)") and lookup(word):
+        raise click.UsageError(
+            f"{word} is a family, not a layout: `triptych families {word}` shows its layouts", click.get_current_context()
+        )
 
 
 @commands.command("families")
@@ -142,7 +157,7 @@ def _family_text(row: dict[str, Any]) -> str:
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="The result, or the error, as JSON.")
 def probe_(path: str, as_json: bool) -> None:
-    """Read the layouts off the model's own code: build the smallest model of the config.json in folder PATH and run it once.
+    """Read the layouts off the model's own code: build the smallest model of PATH, a config.json or its folder, and run it once.
 
     Needs `pip install 'triptych[hf]'`. Code that a checkpoint brings is never run.
     """
@@ -151,7 +166,8 @@ def probe_(path: str, as_json: bool) -> None:
     from .formats import read_json
     from .live.probe import probe
 
-    found = probe(read_json(Path(path) / "config.json"))
+    file = Path(path)
+    found = probe(read_json(file if file.is_file() else file / "config.json"))
     if as_json:
         click.echo(json.dumps({name: one.to_dict() for name, one in found.items()}))
         return

@@ -8,34 +8,36 @@ from typing import Any
 
 import click
 
-from .cli_options import options, show
+from .cli_options import in_json, options, show
 from .errors import MismatchError, PlanError, printable
 
 
 @click.command("verify")
 @click.argument("path")
 @click.argument("out", required=False)
-@click.option("--to", metavar="TARGET", help="What OUT must be, as for convert, when its stamp alone shall not be believed.")
+@click.option("--to", metavar="TARGET", help="What OUT must be, as for convert, where it has no stamp or shall not be believed.")
 @click.option("--certificate", metavar="FILE", help="Write the certificate of the proof; with OUT alone: check OUT against it.")
 @click.option("--logits", is_flag=True, help="Run both through transformers too: the first layer and projection that differ, in ulps.")
-@options("layouts", "records")
+@options("overrides", "rope", "orientation", "names", "layouts", "records")
 def verify_(
     path: str,
     out: str | None,
     to: str | None,
     certificate: str | None,
     logits: bool,
-    layouts: dict[str, str],
-    records: str | None,
     sizes: dict[str, int],
     as_json: bool,
+    **given: Any,
 ) -> int:
-    """Prove row by row that OUT holds what PATH holds; or, `verify --certificate FILE OUT`, that OUT is what a certificate says."""
+    """Prove row by row that OUT holds what PATH holds; or, `verify --certificate FILE OUT`, that OUT is what a certificate says.
+
+    --to, --override, --rope, --linear, --conv1d and --name state what was asked of the conversion; without them OUT's stamp tells it.
+    """
     from .certificate import certify, check_certificate
     from .verify import verify
 
     if out is None:
-        if certificate is None or logits or to or layouts or records or sizes:
+        if certificate is None or logits or to or sizes or any(given.values()):
             raise click.UsageError("give PATH and OUT, or --certificate FILE and OUT alone")
         show(check_certificate(certificate, path), as_json)
         return 0
@@ -45,9 +47,9 @@ def verify_(
     result: dict[str, Any] = {}
     try:
         if certificate is None:
-            proof = verify(path, out, to, layouts=layouts, records=records, **sizes)
+            proof = verify(path, out, to, **{**given, **sizes})
         else:
-            made = certify(path, out, to, layouts=layouts, records=records, **sizes)
+            made = certify(path, out, to, **{**given, **sizes})
             made.write(certificate)
             proof = made.proof
         result = proof.to_dict()
@@ -66,10 +68,10 @@ def verify_(
             click.echo(printable(str(ran)))
     if wrong is not None:
         if as_json:
-            click.echo(json.dumps(result, ensure_ascii=False))
+            click.echo(in_json(result))
         raise wrong
     if as_json:
-        click.echo(json.dumps(result, ensure_ascii=False))
+        click.echo(in_json(result))
     return 0
 
 

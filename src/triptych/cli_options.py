@@ -23,7 +23,13 @@ NOT_AXES = frozenset(["path", "out", "to", "layouts", "names", "records", "worke
 
 def show(result: Any, as_json: bool) -> None:
     """A result on stdout: its text, with names of unknown origin made harmless, or its JSON."""
-    click.echo(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else printable(str(result)))
+    click.echo(in_json(result.to_dict()) if as_json else printable(str(result)))
+
+
+def in_json(value: Any) -> str:
+    """JSON on one line; characters that cannot be printed, or written, stand as escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def pairs(what: str) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], dict[str, str]]:
@@ -44,7 +50,8 @@ def _sizes(context: click.Context, parameter: click.Parameter, values: tuple[str
     out = {}
     for name, size in pairs("AXIS=NUMBER, e.g. h=32")(context, parameter, values).items():
         if not size.isascii() or not size.isdecimal() or len(size) > 18:
-            raise click.BadParameter(f"the size of {name!r} must be a positive whole number, not {size!r}", context, parameter)
+            more = "; each size has its own -s" if "," in size else ""
+            raise click.BadParameter(f"the size of {name!r} must be a positive whole number, not {size!r}{more}", context, parameter)
         if name in NOT_AXES:
             raise click.BadParameter(f"unknown axis {name!r}", context, parameter)
         out[name] = int(size)
@@ -113,8 +120,8 @@ def options(*wanted: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 PLANNING = ("to", "overrides", "rope", "orientation", "max_shard_size", "layouts", "names", "records", "check_weights")
 """Options of everything that makes a plan of a conversion."""
 _RUNNING = (
-    click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Files written at a time."),
-    click.option("--share", metavar="I/N", callback=_share, help="Write only this share of the files, one job of N; then --finish."),
+    click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="How many write at a time."),
+    click.option("--share", metavar="I/N", callback=_share, help="Write only this share of the work, one job of N; then --finish."),
     click.option("--finish", is_flag=True, help="Complete what all shares have written."),
     click.option("--engine", type=click.Choice(["threads", "ray"]), default="threads", show_default=True, help="Who does the work."),
     click.option("--address", metavar="ADDRESS", help="Of a Ray cluster, e.g. auto; without it one is started here."),

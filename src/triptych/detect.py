@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import LayoutError, SizeError
-from .evidence import COLUMNS, TINY, Evidence, Floats, Nats, Reading
-from .head_size import LOOK, Likeness
+from .evidence import COLUMNS, TINY, Evidence, Floats, Reading
+from .head_size import LOOK, Likeness, shuns
 from .hypotheses import GATE_UP, KV, ORDERS, QKV, Hypothesis, head_dims, hypotheses
 from .rotary import Rotary, rotary
 from .rowmap import Rows
@@ -127,7 +127,8 @@ def _ways(case: Case) -> tuple[_Way, ...]:
         side, out = v.tobytes() + query.tobytes() + k.tobytes(), v.tobytes() + np.sort(o, axis=0).tobytes()
         both = np.sort(np.concatenate([query, k[None]]), axis=0) if case.kind != KV else k[None]
         group = both[:, np.argsort(both[0])].tobytes() if case.kind == GATE_UP else v.tobytes() + both.tobytes()
-        keys = (side + out, out, group + out) if case.apart else (side, out, group)
+        sizes = str(query.shape).encode()  # the same rows in turn, but in other parts
+        keys = (side + out + sizes, out + sizes, group + out + sizes) if case.apart else (side + sizes, out + sizes, group + sizes)
         ids = [table.setdefault(key, len(table)) for table, key in zip(numbers, keys, strict=True)]
         labels = by_head.k.tobytes() if hypothesis.d else b""
         other = None if np.array_equal(by_head.k, reading.k) else by_head
@@ -152,17 +153,12 @@ def _ranked(evidence: Evidence, case: Case) -> list[Ranked]:
         o, query = (None if one is None else one[:, :SMALL_COLUMNS].copy() for one in (evidence.o, evidence.query))
         few = evidence.weight[:, :SMALL_COLUMNS].copy()
         quick = Evidence(few, o, query, evidence.shared, evidence.mlp, SMALL_WINDOW, SMALL_WINDOWS)
-        nats = [_nats(quick, way) for way in ways]
+        nats = [quick.of(way.reading, way.by_head) for way in ways]
         best = dict.fromkeys(ways[i].alignment for i in sorted(range(len(ways)), key=lambda i: -nats[i].qk - nats[i].vo))
         kept = set(list(best)[:MANY])
         ways = tuple(way for way in ways if way.alignment in kept)
-    ranked = [Ranked(way.hypothesis, *_nats(evidence, way), way.alignment, way.outputs, way.clique) for way in ways]
+    ranked = [Ranked(way.hypothesis, *evidence.of(way.reading, way.by_head), way.alignment, way.outputs, way.clique) for way in ways]
     return ranked if case.kind == GATE_UP else _with_heads(evidence, ranked)
-
-
-def _nats(evidence: Evidence, way: _Way) -> Nats:
-    nats = evidence.of(way.reading)
-    return nats if way.by_head is None or evidence.o is None else nats._replace(vo=evidence.of(way.by_head).vo)
 
 
 def _with_heads(evidence: Evidence, ranked: list[Ranked]) -> list[Ranked]:
@@ -177,7 +173,10 @@ def _with_heads(evidence: Evidence, ranked: list[Ranked]) -> list[Ranked]:
             if one.alignment not in likeness:
                 likeness[one.alignment] = Likeness(Evidence(evidence.weight, None, evidence.query).rows(_sorted(reading, order), LOOK))
             heads = _heads(np.argsort(order), reading.d)
-            one = one._replace(heads=tuple((d, likeness[one.alignment].explains(rows)) for d, rows in heads.items()))
+            explained = tuple((d, likeness[one.alignment].explains(rows)) for d, rows in heads.items())
+            likely = max(explained, key=lambda pair: pair[1], default=(0, 0.0))[0]
+            apart = shuns(evidence.weight[reading.v[order][:LOOK]], heads[likely]) if likely and evidence.o is not None else 0.0
+            one = one._replace(order=evidence.norms(reading) + apart, heads=explained)
         out.append(one)
     return out
 

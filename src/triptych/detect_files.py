@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +17,8 @@ from .detect import CONFIDENT, GATE_UP, KV, QKV, Verdict, detect, pool
 from .errors import FormatError
 from .families.declare import LOOKS_FUSED
 from .formats import Tensor
+from .pieces import listed
+from .remote_skeleton import reading_urls
 from .samples import Numbers
 
 OUTPUTS = (
@@ -32,13 +35,16 @@ GATED = ("gate_up_proj", "gate_up", "w13", "up_gate_proj")
 """Last words of the names of tensors that hold k and v, or gate and up."""
 FIRST_LAYERS, MAX_LAYERS = 8, 32
 """Layers of one kind that are looked at, spread evenly; more only where these say too little."""
+LEAST_LAYERS, NUMBERS = 2, 1 << 30
+"""Of large layers, which say more each and take longer, only as many as hold so many numbers, but so many at least."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Fused tensors whose names differ only in numbers: what they say together, and each alone."""
+    """Fused tensors whose names differ only in numbers, `total` in all: what those that were read say together, and each alone."""
 
     name: str
+    total: int
     verdict: Verdict
     layers: Mapping[str, Verdict] = field(hash=False, repr=False)
     outputs: Mapping[str, str] = field(hash=False, repr=False)
@@ -58,7 +64,8 @@ class Detected:
         lines = [self.path]
         for kind in self.kinds:
             beside = next(iter(kind.outputs.values()), None)
-            lines.append(f"  {len(kind.layers)} x {kind.name}   " + (f"with {_star(beside)}" if beside else "without an output projection"))
+            read = "" if len(kind.layers) == kind.total else f", {len(kind.layers)} of them read: {_numbers_in(kind.layers)}"
+            lines.append(f"  {kind.total} x {kind.name}{read}   " + (f"with {_star(beside)}" if beside else "without an output projection"))
             lines += [f"    {line}" for line in str(kind.verdict).split("\n")]
         return "\n".join(lines)
 
@@ -68,14 +75,21 @@ def _kind_dict(kind: Kind) -> dict[str, Any]:
         {"tensor": name, "output": kind.outputs.get(name), "layout": str(one.layout) if one.layout else None, "confidence": one.confidence}
         for name, one in kind.layers.items()
     ]
-    return {"name": kind.name, **kind.verdict.to_dict(), "tensors": layers}
+    return {"name": kind.name, "total": kind.total, **kind.verdict.to_dict(), "tensors": layers}
 
 
+def _numbers_in(names: Iterable[str]) -> str:
+    """What tells layers of one kind apart: the numbers in their names."""
+    every = [re.findall(r"\d+", name) for name in names]
+    return listed([".".join(number for number, *others in zip(one, *every, strict=True) if set(others) != {number}) for one in every], 8)
+
+
+@reading_urls("path")
 def detect_checkpoint(path: str | Path, tensor: str | None = None, *, heads: int | None = None, kv_heads: int | None = None) -> Detected:
     """Which layouts the fused weights of a checkpoint have, by their values alone; config and stamps are not asked.
 
     Args:
-        path: a folder or a file: safetensors, GGUF, or the zip file that torch.save writes.
+        path: a folder or a file: safetensors, GGUF, or the zip file that torch.save writes; or the URL of safetensors.
         tensor: a name or glob; without it all matrices whose names look fused.
         heads, kv_heads: how many, where known.
     Raises FormatError (damaged files, no such tensor), PlanError (numbers of a tensor cannot be read), MissingExtraError (GGUF's packed
@@ -95,7 +109,9 @@ def detect_checkpoint(path: str | Path, tensor: str | None = None, *, heads: int
 
 
 def _kind(root: Path, star: str, names: list[str], tensors: Mapping[str, Tensor], heads: int | None, kv_heads: int | None) -> Kind:
-    chosen = _spread(names, MAX_LAYERS)
+    size = sum(math.prod(tensors[one].shape) for one in (names[0], output_of(names[0], tensors)) if one)
+    most = max(LEAST_LAYERS, min(MAX_LAYERS, NUMBERS // size))
+    chosen = _spread(names, most)
     beside = {name: found for name in chosen if (found := output_of(name, tensors)) is not None}
     if len(beside) < len(chosen):
         beside = {}
@@ -107,7 +123,7 @@ def _kind(root: Path, star: str, names: list[str], tensors: Mapping[str, Tensor]
         pooled = pool(verdicts.values())
         if pooled.confidence == CONFIDENT:
             break
-    return Kind(star, pooled, {name: verdicts[name] for name in chosen if name in verdicts}, beside)
+    return Kind(star, len(names), pooled, {name: verdicts[name] for name in chosen if name in verdicts}, beside)
 
 
 def _spread(names: list[str], count: int) -> list[str]:

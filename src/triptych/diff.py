@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import formats, ranges
+from .agree import AGREES, agreements
 from .checkpoint import Checkpoint, open_checkpoint
 from .digests import Digested, Rows
 from .errors import SizeError
@@ -22,6 +23,7 @@ from .formats import nbytes
 from .partners import Couple, Unit, couples
 from .pieces import listed, shown, star
 from .ranges import Ranges
+from .remote_skeleton import reading_urls
 from .rowdiff import DECLARED, DIFFERENT, DTYPE, EQUAL, KINDS, ONLY_A, ONLY_B, ORDER, SCALED, Comparison, Order, TensorDiff, same_layout
 from .values import PRECISION, WRITTEN
 
@@ -31,12 +33,16 @@ LARGE = 1 << 28
 
 @dataclass(frozen=True)
 class Diff:
-    """What `diff` found; `equal` when every tensor of one is, byte for byte and under its name, in the other."""
+    """What `diff` found; `equal` when every tensor of one is, byte for byte and under its name, in the other.
+
+    `notes`: what the weights say where a record is ambiguous.
+    """
 
     a: str
     b: str
     tensors: tuple[TensorDiff, ...]
     renamed: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -60,7 +66,8 @@ class Diff:
 
     def to_dict(self) -> dict[str, Any]:
         tensors = [one.to_dict() for one in self.tensors]
-        return {"version": 1, "a": self.a, "b": self.b, "equal": self.equal, "summary": self.summary, "tensors": tensors}
+        return {"version": 1, "a": self.a, "b": self.b, "equal": self.equal, "summary": self.summary, "tensors": tensors,
+                "notes": list(self.notes)}  # fmt: skip
 
     def __str__(self) -> str:
         lines = [f"a: {self.a}", f"b: {self.b}"]
@@ -78,7 +85,7 @@ class Diff:
             names = [" + ".join(map(show, side)) for side in (first.a, first.b) if side]
             lines.append(f"  {len(some):>4} x {'   ->   '.join(dict.fromkeys(names))}")
             lines += [f"         {line}" for line in (first.text or first.kind).split("\n")]
-        return "\n".join([*lines, self.summary])
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes), self.summary])
 
 
 _WORDS = {
@@ -91,15 +98,16 @@ _WORDS = {
 }
 
 
+@reading_urls("a", "b")
 def diff(a: str | Path, b: str | Path, *, records: str | Path | None = None, **sizes: int) -> Diff:
     """Compare two checkpoints of any formats, whatever their files, shards and layouts; finds the order of rows without being told.
 
     Args:
-        a, b: folders or files, as for `inspect`. records: a file of family records of your own.
+        a, b: folders, files or URLs, as for `inspect`. records: a file of family records of your own.
         sizes: known sizes (h, g, d, ...) for layouts that no record or stamp tells.
     Raises FormatError and others as `inspect` does.
     """
-    before, after = (_opened(path, sizes, records) for path in (a, b))
+    (before, *notes), (after, *more) = (_settled(path, _opened(path, sizes, records)) for path in (a, b))
     with Ranges(before.stored) as old, Ranges(after.stored) as new:
         found, left, right = couples(before, after, old, new)
         hints: dict[int, list[Order]] = {}
@@ -113,7 +121,7 @@ def diff(a: str | Path, b: str | Path, *, records: str | Path | None = None, **s
         TensorDiff((), (name,), ONLY_B, "only in b") for name in right
     ]
     renamed = sum(one.kind == EQUAL and one.a != one.b for one in told)
-    return Diff(str(a), str(b), tuple(told), renamed)
+    return Diff(str(a), str(b), tuple(told), renamed, (*(f"a: {note}" for note in notes), *(f"b: {note}" for note in more)))
 
 
 def _opened(path: str | Path, sizes: Mapping[str, int], records: str | Path | None) -> Checkpoint:
@@ -122,6 +130,14 @@ def _opened(path: str | Path, sizes: Mapping[str, int], records: str | Path | No
         return open_checkpoint(path, {}, sizes, records=records)
     except SizeError:
         return open_checkpoint(path, {}, {}, records=records)
+
+
+def _settled(path: str | Path, found: Checkpoint) -> tuple[Checkpoint, *tuple[str, ...]]:
+    """A checkpoint without the layouts of ambiguous records that its weights do not bear out; what the weights say of them."""
+    asked = agreements(path, [packed for packed in found.projections if packed.ambiguous], found.stored.tensors)
+    wrong = {name for one in asked if one.outcome != AGREES for name in one.tensors}
+    kept = tuple(packed for packed in found.projections if packed.name not in wrong)
+    return replace(found, projections=kept), *(one.sentence for one in asked)
 
 
 CONFIG = {"h": ("num_attention_heads", "n_head"), "g": ("num_key_value_heads",), "d": ("head_dim",)}

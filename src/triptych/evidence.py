@@ -31,6 +31,8 @@ WINDOW, WINDOWS = 256, 4
 OFFSETS = (*range(1, 17), *range(19, 65, 3))
 """Distances of the neighbours that are compared."""
 SHIFTS = (1, 2, 3)
+OUTLIER = 4.0
+"""Cosines of rows count up to so many standard deviations of chance: a few rows along one large direction are no match of all."""
 REMEMBERED = 96
 """Roles kept for the readings that share them."""
 NEXT = "+"
@@ -91,25 +93,33 @@ class Evidence:
     size: int = WINDOW
     looks: int = WINDOWS
     seen: dict[object, Role] = field(default_factory=dict)
-    nulls: dict[bool, float] = field(default_factory=dict)
+    nulls: dict[bool, tuple[float, float]] = field(default_factory=dict)
     squares: dict[int, NDArray[np.float64]] = field(default_factory=dict)
 
-    def of(self, reading: Reading) -> Nats:
-        """The evidence for one reading."""
+    def of(self, reading: Reading, by_head: Reading | None = None) -> Nats:
+        """The evidence for one reading; for v and o of the same one with its positions in another order, where one is given."""
+        return Nats(self._matched(reading, "q", "k"), self._matched(by_head or reading, "v", "o"), self._law(reading))
+
+    def _matched(self, reading: Reading, a: str, b: str) -> float:
+        """Nats of two roles beside each other."""
+        if (a == "q" and reading.q is None) or (b == "o" and self.o is None):
+            return 0.0
         roles = self._roles(reading)
-        unmatched = [_match(roles[x], roles[y], self.shared) for x, y in UNMATCHED if x in roles and y in roles and not self.mlp]
-        found = []
-        for a, b in (("q", "k"), ("v", "o")):
-            nats = 0.0
-            if a in roles and b in roles:
-                matches = [_match(roles[a], roles[b], self.shared, len(SHIFTS)), *unmatched]
-                matches += [_match(roles[a], roles[b + NEXT], self.shared)] if b + NEXT in roles else []
-                nats = _grams(matches, roles[a].bands.shape[-1])
-                if self.shared:
-                    null = self._null(b == "o")
-                    nats += _above([_unlikely(*one, null) for match in matches for one in match.cosines])
-            found.append(nats)
-        return Nats(found[0], found[1], self._law(reading))
+        most, null = self._null(b == "o") if self.shared else (None, 0.0)
+        unmatched = [(x, y) for x, y in UNMATCHED if x in roles and y in roles and not self.mlp]
+        others = [*unmatched, *([(a, b + NEXT)] if b + NEXT in roles else [])]
+        matches = [_match(roles[a], roles[b], most, len(SHIFTS)), *(_match(roles[x], roles[y], most) for x, y in others)]
+        nats = _grams(matches, roles[a].bands.shape[-1])
+        return nats + (_above([_unlikely(*one, null) for match in matches for one in match.cosines]) if self.shared else 0.0)
+
+    def norms(self, reading: Reading) -> float:
+        """Nats of the norms of rows of v and columns of o, near and far. No controls: it compares orders of the same rows."""
+        if self.o is None:
+            return 0.0
+        order = np.argsort(reading.o[0])
+        v, o = self._squares(self.weight)[reading.v], self._squares(self.o)[reading.o].sum(axis=0)
+        scales = _scales(v[order]), _scales(o[order])
+        return sum(_together(one, other, len(one) - 1) for one, other in zip(*scales, strict=True))
 
     def rows(self, reading: Reading, stop: int) -> list[tuple[Floats, Floats]]:
         """Rows [r, stop, columns] of the roles that belong together, pair by pair."""
@@ -143,8 +153,8 @@ class Evidence:
     def _law(self, reading: Reading) -> float:
         """How well norms of up follow those of down's columns, or those of k the sum over its query heads; in nats.
 
-        Of a rotated head only the norm of a rotary pair is balanced, so both ways to pair dims are tried. Heads are compared within
-        themselves: the level of a whole head says little.
+        Of a rotated head only the norm of a rotary pair is balanced, so both ways to pair dims are tried; single dims of two query heads
+        resemble each other more than k. Heads are compared within themselves: the level of a whole head says little.
         """
         query = self.weight if self.query is None else self.query
         if self.mlp:
@@ -158,7 +168,7 @@ class Evidence:
         heads = [x.reshape(-1, reading.d or x.size) for x in (one, other)]
         ways = [heads]
         if reading.d and reading.d % 2 == 0:
-            ways += [[x.reshape(len(x), 2, -1).sum(axis=1) for x in heads], [x.reshape(len(x), -1, 2).sum(axis=2) for x in heads]]
+            ways = [[x.reshape(len(x), 2, -1).sum(axis=1) for x in heads], [x.reshape(len(x), -1, 2).sum(axis=2) for x in heads]]
         return max(_agreement(*way) for way in ways)
 
     def _squares(self, matrix: Floats) -> NDArray[np.float64]:
@@ -166,15 +176,17 @@ class Evidence:
             self.squares[id(matrix)] = np.einsum("ij,ij->i", matrix, matrix).astype(np.float64)
         return self.squares[id(matrix)]
 
-    def _null(self, with_o: bool) -> float:
-        """The mean cos^2 of two rows that have nothing to do with each other."""
+    def _null(self, with_o: bool) -> tuple[float, float]:
+        """The largest cosine that counts, and the mean cos^2 of two rows that have nothing to do with each other."""
         if with_o not in self.nulls:
             rng = np.random.default_rng(0)
             a, b = self.weight, self.o if with_o and self.o is not None else self.weight
             x, y = a[rng.integers(len(a), size=2048)], b[rng.integers(len(b), size=2048)]
             lengths = np.einsum("ij,ij->i", x, x) * np.einsum("ij,ij->i", y, y)
-            cosines = np.einsum("ij,ij->i", x, y) ** 2 / (lengths + TINY)
-            self.nulls[with_o] = float(cosines[cosines < 0.98].mean()) + TINY
+            squares = np.einsum("ij,ij->i", x, y) ** 2 / (lengths + TINY)
+            squares = squares[squares < 0.98]
+            most = OUTLIER**2 * float(squares.mean()) + TINY
+            self.nulls[with_o] = math.sqrt(most), float(np.minimum(squares, most).mean()) + TINY
         return self.nulls[with_o]
 
 
@@ -221,12 +233,16 @@ class _Match(NamedTuple):
     cosines: list[tuple[int, float, float]]
 
 
-def _match(one: Role, other: Role, shared: bool, shifts: int = 0) -> _Match:
+def _match(one: Role, other: Role, most: float | None, shifts: int = 0) -> _Match:
     bands: Floats = (other.bands[:, : shifts + 1] @ one.bands[:, 0, :, None])[..., 0]
-    a, b, found = one.unit, other.unit, []
+    a, b = one.unit, other.unit
+    found = list[tuple[int, float, float]]()
     stop = a.shape[2] - max(SHIFTS)
-    for shift in (0, *SHIFTS[:shifts]) if shared else ():
+    if most is None:
+        return _Match(bands, found)
+    for shift in (0, *SHIFTS[:shifts]):
         cosines = np.einsum("rwic,rwic->rwi", a[:, :, :stop], b[:, :, shift : shift + stop]).ravel()
+        np.minimum(np.maximum(cosines, -most, out=cosines), most, out=cosines)
         found.append((cosines.size, float(cosines.sum()) / cosines.size, float(cosines @ cosines) / cosines.size))
     return _Match(bands, found)
 
@@ -248,6 +264,21 @@ def _agreement(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     """Nats of the correlation of [heads, dims] log norms^2, each head about its mean; 0 where it is negative."""
     x, y = (np.log(z + TINY) for z in (one, other))
     x, y = (z - z.sum(axis=1, keepdims=True) / z.shape[1] for z in (x, y))
+    return _together(x, y, x.size - len(x))
+
+
+def _together(x: NDArray[np.float64], y: NDArray[np.float64], free: int) -> float:
+    """Nats of the correlation of numbers about 0, of which `free` are free; 0 where it is negative."""
     product = float((x * y).sum())
     square = product**2 / max(float((x * x).sum() * (y * y).sum()), TINY)
-    return float(-(x.size - len(x)) / 2 * math.log1p(-min(square, 0.999999))) if product > 0 else 0.0
+    return -free / 2 * math.log1p(-min(square, 0.999999)) if product > 0 else 0.0
+
+
+def _scales(squares: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """How the logs of neighbours differ, of neighbouring pairs, of neighbouring fours and so on: each difference is news."""
+    level, found = np.log(squares + TINY), []
+    while len(level) > 3:
+        pairs = level[: len(level) // 2 * 2].reshape(-1, 2)
+        found.append(pairs[:, 0] - pairs[:, 1])
+        level = pairs.mean(axis=1)
+    return found

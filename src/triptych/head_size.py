@@ -10,6 +10,8 @@ from .rowmap import Rows
 
 LOOK = 1024
 """Neighbouring positions that are looked at, all against all."""
+LEAST = 8
+"""Pairs of rows without which nothing is said."""
 
 
 class Likeness:
@@ -39,6 +41,18 @@ class Likeness:
         return total / 2
 
 
+def shuns(rows: Floats, heads: Rows) -> float:
+    """Nats that rows of one head repeat each other less than rows of two heads do, as those of v should not. rows: [positions, columns]."""
+    gram = _gram(rows[None])
+    inside, whole = gram[heads[:, :, None], heads[:, None, :]], gram
+    counts = np.array([len(gram) * (len(gram) - 1), inside.size - heads.size])
+    sums = np.array([float(np.vdot(whole, whole)), float(np.vdot(inside, inside))])
+    counts, sums = np.append(counts, counts[0] - counts[1]), np.append(sums, sums[0] - sums[1])
+    if counts.min() < LEAST or sums[1] * counts[2] > sums[2] * counts[1]:
+        return 0.0
+    return float(counts @ (np.array([1, -1, -1]) * np.log(sums / counts + TINY))) / 4
+
+
 def _gram(rows: Floats) -> Floats:
     """[positions, positions] cosines, their mean taken off, and 0 on the diagonal."""
     norms = np.sqrt(np.einsum("rjc,rjc->j", rows, rows)) + TINY
@@ -55,7 +69,7 @@ def _sums(x: Floats, y: Floats) -> NDArray[np.float64]:
 
 def _spread(sums: NDArray[np.float64]) -> float:
     """count / 2 log(determinant of the covariance)."""
-    if sums[0] < 8:
+    if sums[0] < LEAST:
         return 0.0
     _, mx, my, mxx, myy, mxy = sums / sums[0]
     xx, yy = max(mxx - mx * mx, TINY), max(myy - my * my, TINY)

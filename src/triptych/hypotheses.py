@@ -69,7 +69,7 @@ def hypotheses(
 
     >>> found = hypotheses(6144, width=4096, heads=32)
     >>> len(found), str(found[0].layout), found[0].sizes.of(found[0].layout)
-    (42, '(q h|k g|v g) d', 'h=32 d=128 g=8')
+    (50, '(q h|k g|v g) d', 'h=32 d=128 g=8')
     """
     if kind not in ORDERS:
         raise LayoutError("no such parts to tell apart", found=kind, expected=", ".join(ORDERS))
@@ -81,7 +81,7 @@ def hypotheses(
     if rows % 3 == 0 and width in (None, rows // 3) and kv_heads in (None, heads) and (rows // 3) % (heads or 1) == 0:
         out += _one_to_one(ORDERS[QKV], rows // 3, heads, 1)
     for g, r, d in _grouped_sizes(rows, width, heads, kv_heads):
-        out += _grouped(g, r, d, forms=GROUPED if width or heads else GROUPED[:2])
+        out += _grouped(g, r, d, GROUPED if width or heads else GROUPED[:2], halves=width is not None)
     return tuple(out)
 
 
@@ -186,14 +186,20 @@ GROUPED = (
     ("g d ({})", "q r", "k", "v"),
 )
 """Contiguous, one group behind the other, query heads tiled, heads scrambled, dim by dim."""
+HALVES = (("q h d", "_ g ({}) d", "k", "v"), ("v g d", "_ g ({}) d", "q r", "k"))
+"""One part apart, the others one group behind the other: compared only where O bears them out."""
 BLOCKS = ("t ({}) d", "q n r", "k n", "v n")
 
 
-def _grouped(g: int, r: int, d: int, forms: Sequence[tuple[str, ...]]) -> Iterator[Hypothesis]:
+def _grouped(g: int, r: int, d: int, forms: Sequence[tuple[str, ...]], halves: bool) -> Iterator[Hypothesis]:
     sizes = {"g": g, "r": r, "d": d}
     for form, *branches in forms if g > 1 else [forms[0], *forms[4:]]:
         for order in itertools.permutations(branches):
             yield _made(form.format("|".join(order)), sizes, d, r)
+    for apart, form, *branches in HALVES if halves and g > 1 else ():
+        for order in itertools.permutations(branches):
+            for pair in itertools.permutations((apart, form.format("|".join(order)))):
+                yield _made("|".join(pair), sizes, d, r)
     for t in divisors(g)[1:-1]:
         for order in itertools.permutations(BLOCKS[1:]):
             yield _made(BLOCKS[0].format("|".join(order)), {**sizes, "t": t}, d, r)

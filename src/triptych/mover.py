@@ -6,7 +6,7 @@ Four ways, chosen by the shape of the nests alone and cached, since all layers o
     windows  long runs: a window is contiguous in the output (many reads, one write) or in the source (one read, several writes),
              whichever takes fewer system calls
     tiles    short runs: read a band of both sides' rows, permute it in memory, write it
-    flips    a matrix from [in, out] to [out, in] or back: read a rectangle, transpose it in memory, write it
+    turns    a matrix from [in, out] to [out, in] or back: tiles of the output, filled from strips of source lines (turns.py)
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError
 from .steps import Feed, Nest, Step, starts
+from .turns import STRIP, TILE, Strip, Turn, put, stride, strips, tiles, turn
 
 WINDOW = 1 << 20
 SHORT = 2048
 """Runs shorter than this many bytes on average are permuted in memory where that is possible."""
 LINE = 64
+BRIDGE = 24 << 10
+"""Gaps in a source up to so many bytes are read with what lies around them, and forgotten: sooner done than another call."""
+FEW = 6
+"""Calls for each window that are few enough."""
 MAX_RUNS = 1 << 16
 MAX_VECTORS = 1024
 
@@ -37,7 +42,7 @@ Ints = NDArray[np.int64]
 
 
 class Read(NamedTuple):
-    """One scatter read: from byte `at` of source `feed` into the slices of the buffer."""
+    """One scatter read: from byte `at` of source `feed` into the slices of the buffer; (-n, 0) are n bytes that nobody needs."""
 
     feed: int
     at: int
@@ -62,23 +67,11 @@ class Tiles(NamedTuple):
     nests: tuple[tuple[int, Nest], ...]
 
 
-class Flip(NamedTuple):
-    """Transposed rectangles of items that begin at these (output byte, source byte).
-
-    `across`: items that lie side by side in the output, and the bytes from one to the next in the source; `down`: the reverse.
-    """
-
-    item: int
-    across: tuple[int, int]
-    down: tuple[int, int]
-    begins: tuple[tuple[int, int], ...]
-
-
 class Mover:
-    """One worker's buffers: about four windows, whatever is moved."""
+    """One worker's buffers: of its 7 MiB the first of every three are used, but for matrices that are turned."""
 
     def __init__(self) -> None:
-        self._out, self._in = mmap.mmap(-1, WINDOW), mmap.mmap(-1, 2 * WINDOW)
+        self._out, self._in = mmap.mmap(-1, TILE), mmap.mmap(-1, STRIP)
         self.out, self.scratch = memoryview(self._out), memoryview(self._in)
 
     def move(self, step: Step, sources: Sequence[int], target: int, base: int, tick: Tick) -> None:
@@ -90,21 +83,18 @@ class Mover:
             if feed.nests == ((0, 0, step.size, ()),):
                 self.copy(feed.file, fd, feed.start, step.size, target, base, tick)
                 return
-        tiles = tiling(tuple(feed.nests for feed in step.feeds), tuple(feed.size for feed in step.feeds), step.size)
-        if tiles is not None:
-            self._tiles(tiles, step, sources, target, base, tick)
+        shape = tuple(feed.nests for feed in step.feeds), tuple(feed.size for feed in step.feeds), step.size
+        if turned := turn(*shape):
+            self._turn(turned, step, sources, target, base, tick)
             return
-        flips = [(number, flip(n)) for number, feed in enumerate(step.feeds) for n in feed.nests]
-        if all(found for _, found in flips):
-            for number, found in flips:
-                if found:
-                    self._flip(found, step.feeds[number], sources[number], target, base, tick)
+        if bands := tiling(*shape):
+            self._tiles(bands, step, sources, target, base, tick)
             return
-        for shift_out, shift_in, windows in _schedules(tuple(feed.nests for feed in step.feeds)):
+        for shift_out, shift_in, windows in _schedules(shape[0]):
             for window in windows:
                 for read in window.reads:
                     feed = step.feeds[read.feed]
-                    slices = [self.out[a:b] for a, b in read.slices]
+                    slices = [self.out[a:b] if a >= 0 else self.scratch[: b - a] for a, b in read.slices]
                     read_into(sources[read.feed], slices, feed.start + shift_in + read.at, read.size, feed.file)
                 for at, a, b in window.writes:
                     write(target, self.out[a:b], base + shift_out + at)
@@ -139,36 +129,36 @@ class Mover:
             write(target, out, base + first * tiles.width)
             tick(len(out))
 
-    def _flip(self, found: Flip, feed: Feed, source: int, target: int, base: int, tick: Tick) -> None:
-        item, (across, pitch_in), (down, pitch_out) = found.item, found.across, found.down
-        wide = min(across, max(WINDOW // item // down, math.isqrt(WINDOW // item)))
-        tall = min(down, WINDOW // item // wide)
-        for out, into in found.begins:
-            for x in range(0, across, wide):
-                for y in range(0, down, tall):
-                    columns, rows = min(wide, across - x), min(tall, down - y)
-                    size = columns * rows * item
-                    at = feed.start + into + x * pitch_in + y * item
-                    for part, place in _lines(self.scratch[:size], columns, rows * item, at, pitch_in):
-                        read_into(source, [part], place, len(part), feed.file)
-                    old = np.frombuffer(self.scratch[:size], f"u{item}").reshape(columns, rows)
-                    np.copyto(np.frombuffer(self.out[:size], f"u{item}").reshape(rows, columns), old.T)
-                    at = base + out + y * pitch_out + x * item
-                    for part, place in _lines(self.out[:size], rows, columns * item, at, pitch_out):
-                        write(target, part, place)
-                    tick(size)
+    def _turn(self, turned: Turn, step: Step, sources: Sequence[int], target: int, base: int, tick: Tick) -> None:
+        for tile in tiles(turned):
+            rows, width = tile.bottom - tile.top, (tile.right - tile.left) * turned.item
+            out = np.ndarray((rows, tile.right - tile.left), f"u{turned.item}", self.out)
+            if step.zeros:
+                out[:] = 0
+            for strip in strips(turned, tile):
+                put(turned, tile, strip, self._strip(turned, strip, step.feeds[strip.feed], sources[strip.feed]), out)
+            at = base + (tile.top * turned.length + tile.left) * turned.item
+            lines, pitch = (1, rows * width) if width == turned.length * turned.item else (rows, turned.length * turned.item)
+            for line in range(lines):
+                part = self.out[line * width : line * width + rows * width // lines]
+                for skip in range(0, len(part), WINDOW):
+                    write(target, part[skip : skip + WINDOW], at + line * pitch + skip)
+                    tick(len(part[skip : skip + WINDOW]))
+
+    def _strip(self, turned: Turn, strip: Strip, feed: Feed, source: int) -> NDArray[Any]:
+        """[lines, items] of a strip, a view of the buffer."""
+        pitch, size = turned.pitches[strip.feed], (strip.stop - strip.start) * turned.item
+        step, at = stride(size), feed.start + strip.first * pitch + strip.start * turned.item
+        parts = [self.scratch[i * step : i * step + size] for i in range(strip.lines)]
+        if size == pitch:
+            read_into(source, parts, at, strip.lines * size, feed.file)
+        else:
+            for i, part in enumerate(parts):
+                read_into(source, [part], at + i * pitch, size, feed.file)
+        return np.ndarray((strip.lines, size // turned.item), f"u{turned.item}", self.scratch, 0, (step, turned.item))
 
 
 # Reading and writing whole ranges
-
-
-def _lines(part: memoryview, count: int, size: int, at: int, pitch: int) -> Iterator[tuple[memoryview, int]]:
-    """A buffer as `count` lines of `size` bytes that lie `pitch` bytes apart in a file; one piece where they touch."""
-    if size == pitch:
-        yield part, at
-        return
-    for i in range(count):
-        yield part[i * size : (i + 1) * size], at + i * pitch
 
 
 def read_into(fd: int, parts: list[memoryview], at: int, size: int, file: str) -> None:
@@ -223,21 +213,6 @@ def tiling(nests: tuple[tuple[Nest, ...], ...], sizes: tuple[int, ...], size: in
     return Tiles(count, width, widths, step, inner)
 
 
-# Flips
-
-
-@lru_cache(maxsize=256)
-def flip(n: Nest) -> Flip | None:
-    """A nest of single items as transposed rectangles, or None when it is none."""
-    across = next(((k, of) for k, to, of in n.dims if to == n.width != of), None)
-    down = next(((k, to) for k, to, of in n.dims if of == n.width != to), None)
-    if n.width not in (1, 2, 4, 8) or across is None or down is None:
-        return None
-    rest = [dim for dim in n.dims if dim[1] != n.width and dim[2] != n.width]
-    begins = zip(starts(n.out, rest, 1).tolist(), starts(n.into, rest, 2).tolist(), strict=True)
-    return Flip(n.width, across, down, tuple(begins))
-
-
 # Windows
 
 
@@ -286,8 +261,14 @@ def windows(nests: tuple[tuple[Nest, ...], ...]) -> tuple[Window, ...]:
             intos.append(into)
             sizes.append(length)
     runs = np.stack([np.concatenate(column) for column in (feeds, outs, intos, sizes)], axis=1)
-    both = _by_output(runs), _by_source(runs)
-    return min(both, key=lambda found: sum(len(window.reads) + len(window.writes) for window in found))
+    one = _by_output(runs)
+    if _calls(one) <= FEW * len(one):
+        return one
+    return min(one, _by_source(runs), key=_calls)
+
+
+def _calls(found: tuple[Window, ...]) -> int:
+    return sum(len(window.reads) + len(window.writes) for window in found)
 
 
 def _by_output(runs: Ints) -> tuple[Window, ...]:
@@ -334,20 +315,21 @@ def _groups(runs: Ints, column: int, same_feed: bool) -> Iterator[list[tuple[int
 
 
 def _reads(places: list[tuple[int, int, int, int]]) -> tuple[Read, ...]:
-    """Scatter reads for (feed, source byte, buffer byte, size): what touches in the source is one read."""
+    """Scatter reads for (feed, source byte, buffer byte, size): what touches in the source, or almost, is one read."""
     found: list[Read] = []
     slices: list[tuple[int, int]] = []
+    of, first, stop = -1, 0, 0
     for feed, into, at, size in sorted(places):
-        last = found[-1] if found else None
-        if last is None or last.feed != feed or last.at + last.size != into or len(slices) == MAX_VECTORS:
-            if last is not None:
-                found[-1] = last._replace(slices=tuple(slices))
-            found.append(Read(feed, into, (), size))
-            slices = [(at, at + size)]
-            continue
-        if slices[-1][1] == at:
+        gap = into - stop
+        if feed != of or not 0 <= gap <= BRIDGE or len(slices) >= MAX_VECTORS - 1:
+            if slices:
+                found.append(Read(of, first, tuple(slices), stop - first))
+            of, first, slices = feed, into, []
+        elif gap:
+            slices.append((-gap, 0))
+        if slices and slices[-1][1] == at > 0:
             slices[-1] = (slices[-1][0], at + size)
         else:
             slices.append((at, at + size))
-        found[-1] = last._replace(size=last.size + size)
-    return (*found[:-1], found[-1]._replace(slices=tuple(slices)))
+        stop = into + size
+    return (*found, Read(of, first, tuple(slices), stop - first))

@@ -15,7 +15,7 @@ from .errors import IncompatibleError, PlanError
 from .formats import BITS, Tensor, nbytes
 from .layout import Layout
 from .packed import Packed, Piece
-from .pieces import Target, alone, base_names, name_of_part, with_zeros
+from .pieces import WORDS, Target, alone, base_names, name_of_part, with_zeros
 from .relay import in_nests, in_turned_nests, relay
 from .rope import Rope, named, names_pairs, other_words, rope_of, sizes_of
 from .sizes import Sizes, bind
@@ -34,6 +34,10 @@ class Targets(NamedTuple):
 
     def of(self, packed: Packed) -> Target:
         return next((target for glob, target in self.more if _fits(glob, packed)), self.default)
+
+    def named(self, packed: Packed) -> bool:
+        """Whether a target of its own was given; without, only attention is split or joined."""
+        return any(_fits(glob, packed) for glob, _ in self.more)
 
 
 def _fits(glob: str, packed: Packed) -> bool:
@@ -70,7 +74,7 @@ def moves_of(checkpoint: Checkpoint, targets: Targets, sizes: Mapping[str, int])
             raise PlanError("no projection has a name like this", found=glob, where=stored.path, try_="`triptych inspect` lists them")
     if targets.default.rope or any(target.rope for _, target in targets.more):
         projections += tuple(norms(projections, stored.tensors))
-    found = [move for packed in projections if (move := _moved(packed, targets.of(packed), sizes, stored.tensors))]
+    found = [move for packed in projections if (move := _moved(packed, targets, sizes, stored.tensors))]
     if not found:
         raise _nothing(checkpoint, targets.default)
     axis = targets.default.axis
@@ -80,11 +84,16 @@ def moves_of(checkpoint: Checkpoint, targets: Targets, sizes: Mapping[str, int])
     return found
 
 
-def _moved(packed: Packed, target: Target, given: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Move | None:
-    """What becomes of one projection, or None when the target does not speak of it."""
+def _moved(packed: Packed, targets: Targets, given: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Move | None:
+    """What becomes of one projection, or None when its target does not speak of it."""
+    target = targets.of(packed)
     before = _with_pairs(packed, target)
-    axis = target.axis if target.axis is not None and len(tensors[packed.pieces[0].tensor].shape) == 2 else packed.axis
-    pieces = _wanted(before, target)
+    turns = target.axis is not None and len(tensors[packed.pieces[0].tensor].shape) == 2 and not packed.name.endswith(WORDS)
+    axis = target.axis if turns and target.axis is not None else packed.axis
+    if target.join and not packed.fused and packed.name.endswith(".g_idx"):
+        raise PlanError("group numbers of inputs are no rows to join", tensor=packed.name, found=f"one for each part: {packed.layout}",
+                        expected="one for the fused weight", try_="fuse the weights before they are quantised")  # fmt: skip
+    pieces = _wanted(before, target, packed.kind == "attention" or targets.named(packed))
     if not pieces:  # its parts stay where they are; rotary order and orientation may change
         pieces = tuple(replace(piece, layout=_ordered(piece.layout, before, target)) for piece in before.pieces)
         if axis == packed.axis and pieces == before.pieces:
@@ -92,15 +101,15 @@ def _moved(packed: Packed, target: Target, given: Mapping[str, int], tensors: Ma
     return _move(before, pieces, given, axis, target.rope, tensors)
 
 
-def _wanted(packed: Packed, target: Target) -> tuple[Piece, ...]:
-    """The output tensors of a projection, or none when the target does not speak of its parts."""
+def _wanted(packed: Packed, target: Target, meant: bool) -> tuple[Piece, ...]:
+    """The output tensors of a projection, or none when the target does not speak of its parts, or is not `meant` for such a kind."""
     zeros = frozenset(name for path in packed.layout.paths if path.zero for name in path.names)
     parts = base_names(packed.layout)
     if target.layout is not None:
         if packed.kind == NORM or set(parts) != set(base_names(target.layout)) or not (packed.fused or target.join):
             return ()
         return (Piece(packed.name, _ordered(with_zeros(target.layout, zeros), packed, target)),)
-    if packed.kind != "attention" or packed.fused != target.split or not (target.split or target.join) or parts == ("",):
+    if not meant or packed.fused != target.split or not (target.split or target.join) or parts == ("",):
         return ()
     if target.join:
         return (Piece(packed.name, _ordered(packed.layout, packed, target)),)

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,6 +29,7 @@ from .place import MARKER, check_begun, marked
 from .remote import cut, is_remote
 from .steps import OutFile, Plan, Source
 
+RECORD = re.compile(r"\.triptych-share-([0-9]+)-of-([0-9]+)\.json")
 PATIENCE = 20.0
 """Seconds that a share waits for another one that is just beginning or ending."""
 
@@ -43,7 +45,7 @@ class Output(NamedTuple):
 class Task(NamedTuple):
     """One file to write, with all that this needs, so that it can be done on another machine: `states` are those of the files it reads.
 
-    `alone`: it is the whole output, and must not be there yet.
+    `alone`: it is the whole output, and must not be there yet. `total`: the size of the file, where only some of its tensors are written.
     """
 
     item: OutFile | Source
@@ -52,6 +54,7 @@ class Task(NamedTuple):
     source: Path | str
     root: Path | str
     alone: bool
+    total: int = 0
 
     @property
     def name(self) -> str:
@@ -59,7 +62,10 @@ class Task(NamedTuple):
 
     @property
     def size(self) -> int:
-        return len(self.header) + (self.item.data_size if isinstance(self.item, OutFile) else self.item.size)
+        """Bytes to write."""
+        if isinstance(self.item, Source):
+            return self.item.size
+        return sum(step.size for step in self.item.steps) if self.total else len(self.header) + self.item.data_size
 
 
 def task_of(place: Output, item: OutFile | Source) -> Task:
@@ -73,9 +79,14 @@ def task_of(place: Output, item: OutFile | Source) -> Task:
     return Task(item, header, tuple(states[name] for name in read), place.source, place.root, not made.is_folder)
 
 
-def temporary(path: Path) -> Path:
-    """Where a file is written before it takes its name."""
-    return path.with_name(f".{path.name}.triptych-part")
+def temporary(path: Path, divided: bool = False) -> Path:
+    """Where a file is written before it takes its name; one that is `divided` is never begun anew, so it must not be another's."""
+    return path.with_name(f".{path.name}.triptych-part{'s' if divided else ''}")
+
+
+def parted(task: Task) -> Path:
+    """Where a file is written in parts. A file that is the whole output is locked by its temporary name, and written there."""
+    return temporary(Path(task.root) / task.name, not task.alone)
 
 
 def output_of(made: Plan) -> Output:
@@ -101,8 +112,8 @@ def held(place: Output, shared: bool = False) -> Iterator[bool]:
     """
     made, root = place.plan, place.root
     if isinstance(root, str):
-        remote_out.begin(made, root)
-        yield False
+        with remote_out.holding(made, root, shared):
+            yield False
         return
     lock = root / MARKER if made.is_folder else temporary(root / made.files[0].name)
     created = False
@@ -149,9 +160,8 @@ def _lock(fd: int, path: Path, shared: bool) -> bool:
 def _begun(place: Output, root: Path, fd: int, created: bool) -> bool:
     """Write the marker, or find the one of an earlier run of the same plan on the same input."""
     made = place.plan
-    size = os.fstat(fd).st_size
     try:
-        found = json.loads(os.pread(fd, size, 0) if size else b"")
+        found = json.loads(_all(fd))
         created = bool(found.pop("created"))
     except (ValueError, AttributeError, KeyError, TypeError):
         found = None
@@ -174,6 +184,14 @@ def _begun(place: Output, root: Path, fd: int, created: bool) -> bool:
     else:
         check_begun(made, found)
     return created
+
+
+def _all(fd: int) -> bytes:
+    """What an open file holds, however little a call gives of it."""
+    got, size = b"", os.fstat(fd).st_size
+    while len(got) < size and (more := os.pread(fd, size - len(got), len(got))):
+        got += more
+    return got
 
 
 def finished(place: Output) -> tuple[str, ...]:
@@ -199,6 +217,8 @@ def finished(place: Output) -> tuple[str, ...]:
 def clear(place: Output, *, finished: bool = False, folder: bool = False) -> None:
     """Remove what is half written, and with `finished` all that the plan has written, and the folder if a run of the plan made it."""
     made, root = place.plan, place.root
+    with suppress(OSError):
+        _remove(path.unlink for path in half_done(place))
     drop(place, names_of(made))
     if finished and made.is_folder:
         if isinstance(root, str):
@@ -207,6 +227,22 @@ def clear(place: Output, *, finished: bool = False, folder: bool = False) -> Non
         _remove(path.unlink for path in (*(root / name for name in names_of(made)), root / MARKER))
         below = {parent for name in names_of(made) for parent in Path(name).parents if parent != Path()}
         _remove(path.rmdir for path in (*(root / parent for parent in sorted(below, reverse=True)), *([root] if folder else [])))
+
+
+def records(place: Output) -> dict[tuple[int, int], Path]:
+    """What shares left to say that they are done, by (number, of how many)."""
+    if not isinstance(place.root, Path) or not place.plan.is_folder or not place.root.is_dir():
+        return {}
+    found = ((RECORD.fullmatch(path.name), path) for path in place.root.iterdir())
+    return {(int(name[1]), int(name[2])): path for name, path in found if name}
+
+
+def half_done(place: Output) -> list[Path]:
+    """Records of shares, then all files that have not taken their names."""
+    if not isinstance(place.root, Path):
+        return []
+    parts = (temporary(place.root / name, divided) for name in names_of(place.plan) for divided in (False, True))
+    return [*records(place).values(), *(part for part in parts if os.path.lexists(part))]
 
 
 def drop(place: Output, names: Iterable[str]) -> None:
@@ -259,11 +295,32 @@ def appear(path: Path, size: int, fill: Callable[[int], None], *, mode: int = 0o
         sync(path.parent.parent)
     fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
-        _allocate(fd, size)
+        allocate(fd, size)
         fill(fd)
         os.fsync(fd)
     finally:
         os.close(fd)
+    into_place(part, path, alone)
+
+
+def written(task: Task, fill: Callable[[int], None], mode: int = 0o666) -> None:
+    """The file of a task appears; of one that is divided this part is written and synced, where the file already has its size."""
+    if not isinstance(task.root, Path):
+        return
+    path = task.root / task.name
+    if not task.total:
+        appear(path, task.size, fill, mode=mode, alone=task.alone)
+        return
+    fd = os.open(parted(task), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fill(fd)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def into_place(part: Path, path: Path, alone: bool) -> None:
+    """A file that is written and synced takes its name. `alone`: that must be new."""
     if alone and os.path.lexists(path):
         raise PlanError("the output exists", where=path, try_="choose another place, or remove it")
     part.rename(path)
@@ -274,8 +331,8 @@ def appear(path: Path, size: int, fill: Callable[[int], None], *, mode: int = 0o
         raise
 
 
-def _allocate(fd: int, size: int) -> None:
-    """Give a new file its size, and its room where the system can: a full disk is found before the first byte."""
+def allocate(fd: int, size: int) -> None:
+    """Give a file its size, and its room where the system can: a full disk is found before the first byte. What is there stays."""
     try:
         if size:
             os.posix_fallocate(fd, 0, size)

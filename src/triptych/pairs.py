@@ -272,7 +272,8 @@ def spelled_rotary(layout: Layout) -> Layout:
 
 
 def others(found: list[Explanation]) -> list[Explanation]:
-    """Those beside the first that say something else, in use both: not the same under other part names or one rotary order more."""
+    """Those beside the first that say something else, in use both: not the same under other part names, with one rotary order more,
+    or with an output gate of which the first knows nothing."""
     first = found[0]
     seen = {_outline(first)}
     out = []
@@ -280,10 +281,15 @@ def others(found: list[Explanation]) -> list[Explanation]:
         in_use = all(c.who and not c.who.startswith("nobody") for c in (other.a, other.b))
         pairs = [str(c.layout).count("p c") for c in (other.a, other.b)]
         added = pairs[0] == pairs[1] > str(first.a.layout).count("p c")
+        added |= _gated(other) and not _gated(first)
         if in_use and not added and _outline(other) not in seen:
             seen.add(_outline(other))
             out.append(other)
     return out
+
+
+def _gated(found: Explanation) -> bool:
+    return any({"q", "gate"} <= {*c.layout.parts} for c in (found.a, found.b))
 
 
 def _outline(found: Explanation) -> str:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from . import axes
-from .errors import printable
+from .errors import LayoutError, printable
 from .layout import Branch, Factor, Layout, Sum
 
 SPLIT, FUSED, KEEP = "split", "fused", "keep"
 ORIENTATIONS = ("linear", "conv1d")
 """How a weight is stored: [out, in] as in nn.Linear, [in, out] as in transformers' Conv1D."""
-SUFFIXES = (".weight", ".bias", "_weight", "_bias")
+WORDS = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale", ".weight_zero_point")
+"""Ends of the names of packed numbers and what goes with them."""
+SUFFIXES = (".weight", ".bias", "_weight", "_bias", *WORDS)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Target:
 
 
 def target_of(text: str | Layout) -> Target:
-    """LAYOUT, `split`, `fused`, `fused:LAYOUT` or `keep`.
+    """LAYOUT, `split`, `fused`, `fused:LAYOUT` or `keep`. Raises LayoutError.
 
     >>> print(target_of("fused:h (q|k|v)  d"))
     fused:h (q|k|v) d
@@ -50,7 +53,21 @@ def target_of(text: str | Layout) -> Target:
         return Target(split=word.strip() == SPLIT)
     if word.strip() == FUSED:
         return Target(Layout(rest) if colon else None, join=True)
+    _check_word(text)
     return Target(Layout(text))
+
+
+def _check_word(text: str) -> None:
+    """A word that is misspelt, or the name of a program or family, would be taken for an axis. Raises LayoutError."""
+    first, _, rest = text.strip().partition(" ")
+    near = difflib.get_close_matches(first.lower(), (SPLIT, FUSED, KEEP), 1)
+    if first == FUSED or (near and rest):
+        try_ = f"{near[0]}:{rest.strip()}" if near[0] == FUSED else near[0]
+    elif not rest and len(first) > 2 and first.replace("-", "_").isidentifier():
+        try_ = f"did you mean {near[0]!r}?" if near else "`triptych families NAME` shows the layouts of a family"
+    else:
+        return
+    raise LayoutError("this is no target", found=printable(text), expected="a layout, split, fused, fused:LAYOUT or keep", try_=try_)
 
 
 def base_names(layout: Layout) -> tuple[str, ...]:

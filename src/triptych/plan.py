@@ -17,12 +17,12 @@ from .formats import METADATA, Tensor, without_gc
 from .layout import Layout
 from .moves import Move, Targets, change_of, moves_of
 from .outfiles import bytes_of, files_of, index_of
-from .packed import BY_RECORD, Piece
-from .pieces import KEEP, ORIENTATIONS, Target, listed, star, stem, target_of
+from .packed import BY_RECORD, BY_STAMP, Piece, same_rows
+from .pieces import KEEP, ORIENTATIONS, WORDS, Target, listed, star, stem, target_of
 from .place import check_place, check_room
 from .remote import is_remote
 from .remote_out import check_remote_place, note_on
-from .remote_skeleton import skeleton
+from .remote_skeleton import Skeleton, skeleton
 from .rope import ORDERS
 from .steps import Plan, Source, check
 
@@ -68,47 +68,48 @@ def plan(
     targets = _targets(to, rope, orientation, overrides or {})
     shard = None if max_shard_size is None else bytes_of(max_shard_size)
     spoken = [target.layout for target in (targets.default, *(target for _, target in targets.more)) if target.layout]
-    url = str(out).rstrip("/") if out is not None and is_remote(out) else None
+    place = None if out is None else str(out).rstrip("/") if is_remote(out) else str(out)
     with skeleton(path) as here:
         checkpoint = open_checkpoint(here.path, layouts or {}, sizes, spoken, records)
-        stored = checkpoint.stored
-        if url is not None:
-            check_remote_place(stored, path, url)
-        elif out is not None:
-            check_place(stored, Path(out))
+        if place is not None and is_remote(place):
+            check_remote_place(checkpoint.stored, path, place)
+        elif place is not None:
+            check_place(checkpoint.stored, Path(place))
         _check_known(checkpoint)
-        here.check_asked(checkpoint.projections, check_weights)
-        agreements = checked(here.path, checkpoint.projections, stored.tensors, check_weights)
+        agreements = checked(here.path, checkpoint.projections, checkpoint.stored.tensors, check_weights)
         moves = _renamed(moves_of(checkpoint, targets, sizes), names or {})
-        _check_names(moves, stored.tensors)
-        _check_companions(moves, stored.tensors)
-        files = files_of(checkpoint, moves, shard)
-        if out is not None and not stored.is_folder:
-            files = (replace(files[0], name=Path(out).name),)
-        made = Plan(
-            path=here.name,
-            out=url if out is None or url else str(out),
-            target=str(targets),
-            is_folder=stored.is_folder,
-            sources=tuple(Source(file.file, file.size, here.changed(file.file, file.changed)) for file in stored.files),
-            files=files,
-            copies=tuple(Source(other.name, other.size, here.changed(other.name, other.changed)) for other in stored.others),
-            drops=tuple(feed for move in moves for feed in move.drops),
-            shared=frozenset(piece.tensor for move in moves if move.has_aliases for piece in move.packed.pieces),
-            index=index_of(stored, files, shard),
-            changes=tuple(map(change_of, moves)),
-            notes=(
-                *checkpoint.notes,
-                *here.notes,
-                *(agreement.sentence for agreement in agreements),
-                *_notes(checkpoint, targets, moves),
-                *([note_on(url)] if url else []),
-            ),
-        )
-    check(made, stored.tensors)
-    if out is not None and url is None:
-        check_room(made, Path(out))
+        _check_names(moves, checkpoint.stored.tensors)
+        _check_companions(moves, checkpoint.stored.tensors)
+        told = (*here.notes, *(agreement.sentence for agreement in agreements))
+        made = _planned(checkpoint, here, targets, moves, shard, place, told)
+    check(made, checkpoint.stored.tensors)
+    if place is not None and not is_remote(place):
+        check_room(made, Path(place))
     return made
+
+
+def _planned(
+    checkpoint: Checkpoint, here: Skeleton, targets: Targets, moves: Sequence[Move], shard: int | None, out: str | None, told: Iterable[str]
+) -> Plan:
+    """The plan of these moves, not checked yet; `told`: notes on the input beside those of the checkpoint."""
+    stored = checkpoint.stored
+    files = files_of(checkpoint, moves, shard)
+    if out is not None and not stored.is_folder:
+        files = (replace(files[0], name=Path(out).name),)
+    return Plan(
+        path=here.name,
+        out=out,
+        target=str(targets),
+        is_folder=stored.is_folder,
+        sources=tuple(Source(file.file, file.size, here.changed(file.file, file.changed)) for file in stored.files),
+        files=files,
+        copies=tuple(Source(other.name, other.size, here.changed(other.name, other.changed)) for other in stored.others),
+        drops=tuple(feed for move in moves for feed in move.drops),
+        shared=frozenset(piece.tensor for move in moves if move.has_aliases for piece in move.packed.pieces),
+        index=index_of(stored, files, shard),
+        changes=tuple(map(change_of, moves)),
+        notes=(*checkpoint.notes, *told, *_notes(checkpoint, targets, moves), *([note_on(out)] if out and is_remote(out) else [])),
+    )
 
 
 def _targets(to: str | Layout | None, rope: str | None, orientation: str | None, overrides: Mapping[str, str]) -> Targets:
@@ -170,7 +171,7 @@ def _check_companions(moves: Iterable[Move], tensors: Mapping[str, Tensor]) -> N
     """Scales, zero points or adapters of a fused tensor move with its rows, or nothing does: those that nobody declared stop the plan."""
     changed = [move for move in moves if move.pieces != move.packed.pieces]  # others are only stored the other way round
     moved = {piece.tensor: move for move in changed for piece in move.packed.pieces}
-    stems = {stem(name)[0]: move for name, move in moved.items() if name.endswith((".weight", ".bias"))}
+    stems = {stem(name)[0]: move for name, move in moved.items() if name.endswith((".weight", ".bias", *WORDS))}
     words = {f".{begin}".rpartition(".")[2] + "." for begin in stems}
     for name, tensor in tensors.items():
         if name in moved or not any(word in name for word in words):
@@ -185,13 +186,22 @@ def _check_companions(moves: Iterable[Move], tensors: Mapping[str, Tensor]) -> N
             raise PlanError("a companion of a fused tensor would stay behind", tensor=name, found=found, try_=try_)
 
 
+def _leaves_the_usual(move: Move) -> bool:
+    """Whether the code of the family, which reads what the record says, does not read the result."""
+    packed = move.packed
+    if packed.source.startswith(BY_RECORD):
+        return True
+    joined = packed.source == BY_STAMP and not packed.fused and len(move.pieces) == 1
+    return joined and not same_rows(move.pieces[0].layout, move.sizes, packed.layout, packed.sizes)
+
+
 def _notes(checkpoint: Checkpoint, targets: Targets, moves: Sequence[Move]) -> Iterator[str]:
     moved = {move.packed.name for move in moves}
     left = Counter((star(p.name), str(p.layout) if p.fused else "apart") for p in checkpoint.projections if p.name not in moved)
     for (name, layout), number in left.items():
         yield f"{number} x {name} ({layout}) stays as it is: {targets} does not speak of it"
     has_head = any(file.head for file in checkpoint.stored.files)
-    if checkpoint.family and not has_head and any(move.packed.source.startswith(BY_RECORD) for move in moves):
+    if checkpoint.family and not has_head and any(_leaves_the_usual(move) for move in moves):
         yield f"config.json still says {checkpoint.family}, whose own code reads the layout before, not the one after"
     if has_head:
         yield "a GGUF file keeps its head, which has no room for a stamp: nothing in the result says that rows were moved"

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError
-from .formats import Stored, Tensor, open_file
+from .formats import Stored, Tensor
+from .holes import Opened, opened
 
 CHUNK = 1 << 20
 WORKERS = 2
@@ -30,28 +31,29 @@ class Ranges:
     def __init__(self, stored: Stored) -> None:
         self.tensors: Mapping[str, Tensor] = stored.tensors
         self.root: Path = stored.root
-        self._fds: dict[str, int] = {}
+        self._files: dict[str, Opened] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Ranges:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     def into(self, tensor: Tensor, start: int, room: Bytes) -> None:
         """Fill `room`, one contiguous piece of memory, from byte `start` of a tensor's data. Raises FormatError."""
-        fd, view, done = self._fd(tensor.file), room.data.cast("B"), 0
-        while done < len(view):
-            try:
-                got = os.preadv(fd, [view[done:]], tensor.start + start + done)
-            except OSError as error:
-                raise FormatError("the file cannot be read", tensor=tensor.name, file=tensor.file, found=error.strerror) from None
-            if not got:
-                raise FormatError("the file ended while it was read", tensor=tensor.name, file=tensor.file)
-            done += got
+        file, view, done, at = self._open(tensor.file), room.data.cast("B"), 0, tensor.start + start
+        with file.having(at, at + len(view)):
+            while done < len(view):
+                try:
+                    got = os.preadv(file.fd, [view[done:]], at + done)
+                except OSError as error:
+                    raise FormatError("the file cannot be read", tensor=tensor.name, file=tensor.file, found=error.strerror) from None
+                if not got:
+                    raise FormatError("the file ended while it was read", tensor=tensor.name, file=tensor.file)
+                done += got
 
     def read(self, tensor: Tensor, start: int, size: int) -> Bytes:
         """[size] bytes, a copy."""
@@ -68,11 +70,11 @@ class Ranges:
             found.update(window.data)
         return found.hexdigest()
 
-    def _fd(self, file: str) -> int:
+    def _open(self, file: str) -> Opened:
         with self._lock:
-            if file not in self._fds:
-                self._fds[file] = open_file(self.root / file)
-            return self._fds[file]
+            if file not in self._files:
+                self._files[file] = opened(self.root, file)
+            return self._files[file]
 
 
 def same(one: Bytes, two: Bytes) -> bool:

@@ -1,7 +1,8 @@
-"""Files behind a URL: what is asked of them, through fsspec, which is imported with the first question.
+"""Files behind a URL: what is asked of them; who asks (remote_web, remote_s3, remote_gs, remote_hub, and remote_fsspec for every other kind
+of URL) is imported with the first question.
 
 A file is read by ranges and never as a whole; what it was when it was first seen is kept as a number made of its ETag (or what the server
-has in place of one), so that a changed file is found out. Reading is tried three times, then it is an error of ours.
+has in place of one), so that a changed file is found out. Every request is tried three times, then it is an error of ours.
 """
 
 from __future__ import annotations
@@ -11,28 +12,26 @@ import importlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 from .errors import FormatError, MissingExtraError, OutputError, PlanError, TriptychError
+from .remote_web import Info, NoRanges
 
 BLOCK = 8 << 20
 """Bytes of one request."""
 WAITS = (0.2, 1.0)
 """Seconds before the second and the third try."""
 HTTP = ("http", "https")
-SCHEMES = {"s3": ("s3fs", "remote"), "gs": ("gcsfs", "remote"), "hf": ("huggingface_hub", "hub"), "http": ("aiohttp", "remote"),
-           "https": ("aiohttp", "remote")}  # fmt: skip
-"""Scheme -> what it needs to be installed: package, extra."""
+SCHEMES = {"s3": ("remote_s3", "S3"), "gs": ("remote_gs", "GS"), "hf": ("remote_hub", "Hub"), "http": ("remote_web", "Web"),
+           "https": ("remote_web", "Web")}  # fmt: skip
+NEEDS = {"s3": ("botocore", "remote"), "gs": ("google.auth", "gcs"), "hf": ("huggingface_hub", "hub")}
+"""Scheme -> what it needs beside urllib3 to be installed: package, extra."""
 WRITABLE = ("s3", "gs")
-STATES = ("ETag", "etag", "blob_id", "xet_hash", "Content-MD5", "Last-Modified", "LastModified", "updated", "mtime")
-"""What servers say of a file's contents, the surest first."""
-Info = Mapping[str, Any]
 Result = TypeVar("Result")
 
 
@@ -80,44 +79,54 @@ def cut(url: str) -> tuple[str, str]:
     return f"{root}{mark}{query}", unquote(name)
 
 
-def file_system(url: str) -> Any:
-    """The fsspec file system of a URL. Raises PlanError for a kind of URL that is none of ours, MissingExtraError."""
+def store_of(url: str) -> Any:
+    """Who asks the server of a URL. Raises PlanError for a kind of URL that is none of ours, MissingExtraError."""
     scheme = scheme_of(url)
+    needs = [("urllib3", "remote"), *[NEEDS[scheme]] * (scheme in NEEDS)] if scheme in SCHEMES else [("fsspec", "remote")]
+    for package, extra in needs:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise MissingExtraError(package, extra) from None
     if scheme not in SCHEMES:
-        expected = ", ".join(f"{known}://" for known in SCHEMES)
-        raise PlanError("no such kind of URL", where=shown(url), expected=expected, found=f"{scheme}://")
-    package, extra = SCHEMES[scheme]
+        _check_known(url, scheme)
+    return tried(url, lambda: _store(scheme, os.getpid()))
+
+
+def _check_known(url: str, scheme: str) -> None:
+    """That fsspec has a class for a scheme, and that class what it needs. Raises PlanError."""
+    import fsspec
+
     try:
-        fsspec = importlib.import_module("fsspec")
-    except ImportError:
-        raise MissingExtraError("fsspec", "remote") from None
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        raise MissingExtraError(package, extra) from None
-    if scheme == "hf":  # keeps listings, so each thread has its own
-        return tried(url, lambda: fsspec.filesystem(scheme))
-    return tried(url, lambda: _shared(scheme, os.getpid()))
+        fsspec.get_filesystem_class(scheme)
+    except ValueError:
+        expected = ", ".join(f"{known}://" for known in SCHEMES) + ", or another that fsspec knows"
+        raise PlanError("no such kind of URL", where=shown(url), expected=expected, found=f"{scheme}://") from None
+    except ImportError as error:
+        raise PlanError("the package for such URLs is not installed", where=shown(url), found=str(error)) from None
 
 
 @lru_cache(maxsize=8)
-def _shared(scheme: str, process: int) -> Any:
-    """One client for all threads of a process."""
-    fsspec = importlib.import_module("fsspec")
-    options = {"encoded": True} if scheme in HTTP else {}
-    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
+def _store(scheme: str, process: int) -> Any:
+    """One for all threads of a process."""
+    if scheme not in SCHEMES:
+        from .remote_fsspec import Filesystem
+
+        return Filesystem(scheme)
+    module, name = SCHEMES[scheme]
+    return getattr(importlib.import_module(f".{module}", __package__), name)()
 
 
-def tried(url: str, call: Callable[[], Result], *, kind: type[TriptychError] = FormatError, tries: int = 3) -> Result:
-    """What `call` gives, asked again where the network failed. Raises `kind`; FileNotFoundError for what is not there."""
-    for wait in (*WAITS[: tries - 1], None):
+def tried(url: str, call: Callable[[], Result], *, kind: type[TriptychError] = FormatError) -> Result:
+    """What `call` gives, asked again where the network failed. Raises `kind`; FileNotFoundError, FileExistsError as they are."""
+    for wait in (*WAITS, None):
         try:
             return call()
-        except TriptychError:
+        except (TriptychError, FileNotFoundError, FileExistsError):
             raise
+        except NoRanges as error:
+            raise kind(str(error), file=shown(url), try_="download the file, and give its path") from None
         except Exception as error:  # each library has errors of its own
-            if _is_missing(url, error):
-                raise FileNotFoundError(url) from error
             if wait is None or isinstance(error, PermissionError):
                 what = "the server refuses" if isinstance(error, PermissionError) else "the server does not answer as it should"
                 raise kind(what, file=shown(url), found=_told(error)) from error
@@ -125,17 +134,9 @@ def tried(url: str, call: Callable[[], Result], *, kind: type[TriptychError] = F
     raise AssertionError("the last try returns or raises")
 
 
-def _is_missing(url: str, error: Exception) -> bool:
-    """Whether a file is not there; fsspec says so of HTTP whatever went wrong, and keeps the reason."""
-    if isinstance(error, FileNotFoundError) and scheme_of(url) in HTTP:
-        return getattr(error.__cause__, "status", None) in (404, 410)
-    return isinstance(error, FileNotFoundError)
-
-
 def _told(error: BaseException) -> str:
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    text = re.sub(r"\?[^\s'\"]*", "", (str(cause).strip() or type(cause).__name__).splitlines()[0])
-    return f"{type(cause).__name__}: {text}"[:200]
+    text = re.sub(r"\?[^\s'\"]*", "", (str(error).strip() or type(error).__name__).splitlines()[0])
+    return f"{type(error).__name__}: {text}"[:200]
 
 
 def missing(url: str) -> FormatError:
@@ -144,105 +145,144 @@ def missing(url: str) -> FormatError:
 
 def info(url: str) -> Info:
     """What the server says of a file, now. Raises FormatError, FileNotFoundError."""
-    fs = file_system(url)
-
-    def ask() -> Info:
-        fs.invalidate_cache(url)
-        found: Info = fs.info(url)
-        return found
-
-    found = tried(url, ask)
-    if found.get("type") == "directory":
-        raise FileNotFoundError(url)
-    if not isinstance(found.get("size"), int):
-        raise FormatError("the server does not say how long a file is", file=shown(url), expected="Content-Length")
-    if found.get("partial") is False:
-        raise FormatError("the server answers no range requests", file=shown(url), try_="download the file, and give its path")
+    store = store_of(url)
+    found: Info = tried(url, lambda: store.info(url))
     return found
 
 
 def state_of(found: Info) -> int:
     """A number that changes with the file's contents, as far as the server tells."""
-    told = next((str(found[key]) for key in STATES if found.get(key)), "")
-    return int.from_bytes(hashlib.sha256(f"{told}\n{found['size']}".encode()).digest()[:7])
+    return int.from_bytes(hashlib.sha256(f"{found.tag}\n{found.size}".encode()).digest()[:7])
 
 
 class RemoteFile:
-    """One file, read by ranges; a context that closes it. Raises FormatError."""
+    """One file, read by ranges, by any thread. Raises FormatError."""
 
     def __init__(self, url: str) -> None:
-        self.url, fs = url, file_system(url)
+        self.url, self._store = url, store_of(url)
+        self.look()
+
+    def look(self) -> None:
+        """Ask anew what the file is."""
         try:
-            self.info = info(url)
-            self._file = tried(url, lambda: fs.open(url, "rb", cache_type="none"))
+            self.info = info(self.url)
         except FileNotFoundError:
-            raise missing(url) from None
-        self.size: int = self.info["size"]
+            raise missing(self.url) from None
 
-    def __enter__(self) -> RemoteFile:
-        return self
+    @property
+    def size(self) -> int:
+        return self.info.size
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+    def parts(self, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes `start` to `stop` in one request, in pieces of a megabyte at most. Another try goes on where the last one ended."""
+        at, answer = start, None
+
+        def ask() -> bytes:
+            nonlocal answer
+            try:
+                answer = self._store.get(self.url, at, stop) if answer is None else answer
+                part: bytes = next(answer, b"")
+                if not part:
+                    raise OSError(f"{at - start} bytes in place of {stop - start}")
+            except BaseException:
+                answer = None
+                raise
+            return part
+
+        try:
+            while at < stop:
+                part = tried(self.url, ask)
+                at += len(part)
+                yield part
+        except FileNotFoundError:
+            raise missing(self.url) from None
+        finally:
+            if answer is not None:
+                answer.close()
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` in one request."""
+        return b"".join(self.parts(start, stop))
 
-        def ask() -> bytes:
-            self._file.seek(start)
-            got: bytes = self._file.read(stop - start)
-            if len(got) != stop - start:
-                raise OSError(f"{len(got)} bytes in place of {stop - start} at byte {start}")
-            return got
 
-        try:
-            return tried(self.url, ask) if stop > start else b""
-        except FileNotFoundError:
-            raise missing(self.url) from None
+def nameless() -> Any:
+    """A file here without a name, which is gone when it is closed."""
+    import tempfile  # who gives a path does not wait for this
+
+    return tempfile.TemporaryFile(prefix="triptych-")
 
 
 # Writing
 
 
+class _Begun(NamedTuple):
+    """An upload in parts. `room`: a nameless file for the part that is being filled, so that none lies in memory."""
+
+    name: str
+    room: Any
+    block: int
+    tags: list[str]
+
+
 class Upload:
-    """One object, written in order: there as a whole when `commit` returns, or not at all. Raises OutputError."""
+    """One object of `size` bytes, written in order: there as a whole when `commit` returns, or not at all. Raises OutputError."""
 
     def __init__(self, url: str, size: int) -> None:
-        self.url, self.at = url, 0
-        self._fs = file_system(url)
+        self.url, self.size, self.at = url, size, 0
+        self._store = store_of(url)
         self._small = bytearray() if size <= BLOCK else None
+        self._begun: _Begun | None = None
         if self._small is None:
-            block = max(BLOCK, -(-size // 9000))  # at most 10,000 parts
-            self._file = tried(url, lambda: self._fs.open(url, "wb", block_size=block, autocommit=False), kind=OutputError)
+            block = max(BLOCK, -(-size // 9000 // (1 << 20)) << 20)  # at most 10,000 parts of whole megabytes
+            name = self._once(lambda: self._store.begin(url, size))
+            self._begun = _Begun(name, nameless(), block, [])
 
     def put(self, part: bytes | memoryview, at: int) -> None:
         """Write what begins at byte `at`, which is not before what was written; zeros fill the gap."""
-        for piece in (b"\0" * (at - self.at), part):
-            if self._small is not None:
-                self._small += piece
-            elif len(piece):
-                self._once(partial(self._file.write, piece))
-            self.at += len(piece)
+        for piece in (memoryview(bytes(at - self.at)), memoryview(part)):
+            while piece:
+                self._flush()
+                room = len(piece) if self._begun is None else min(len(piece), self._begun.block - self._held)
+                (self._begun.room.write if self._begun else self._small.extend)(piece[:room])  # type: ignore[union-attr]
+                self.at += room
+                piece = piece[room:]
+
+    @property
+    def _held(self) -> int:
+        """Bytes of the part that is not yet sent."""
+        return self.at - len(self._begun.tags) * self._begun.block if self._begun else 0
+
+    def _flush(self, last: bool = False) -> None:
+        """Send a part that is full; the last one only when all is there, since with some stores the object then appears."""
+        begun, held = self._begun, self._held
+        if begun and (held == begun.block or last):
+            at = self.at - held
+            send = (self.url, begun.name, len(begun.tags) + 1, at, begun.room, held, self.size)
+            begun.tags.append(self._once(lambda: self._store.part(*send)))
+            begun.room.seek(0)
 
     def commit(self) -> None:
         if self._small is not None:
             data = bytes(self._small)
-            tried(self.url, lambda: self._fs.pipe_file(self.url, data), kind=OutputError)
-            return
-        self._once(self._file.close)
-        self._once(self._file.commit)
+            self._once(lambda: self._store.put(self.url, data))
+        elif self._begun:
+            begun = self._begun
+            self._flush(last=True)
+            self._once(lambda: self._store.finish(self.url, begun.name, begun.tags))
 
     def abort(self) -> None:
         """Nothing of it stays; errors here are left for the next run to mend."""
-        if self._small is None:
+        if self._begun:
             with suppress(Exception):
-                self._file.closed = True
-                self._file.discard()
+                self._store.give_up(self.url, self._begun.name)
 
-    def _once(self, call: Callable[[], object]) -> None:
-        """A part is in no state to be sent twice from here: the file systems try again by themselves."""
+    def close(self) -> None:
+        if self._begun:
+            self._begun.room.close()
+
+    def _once(self, call: Callable[[], Any]) -> Any:
         try:
-            tried(self.url, call, kind=OutputError, tries=1)
+            return tried(self.url, call, kind=OutputError)
         except FileNotFoundError:
             raise OutputError("the place of the output is gone", where=self.url) from None
 
@@ -257,36 +297,43 @@ def uploading(url: str, size: int) -> Iterator[Upload]:
     except BaseException:
         upload.abort()
         raise
+    finally:
+        upload.close()
+
+
+def put(url: str, data: bytes, tag: str) -> str | None:
+    """Write a small object in place of the one with that tag, "" for none; its tag, or None where another one is there now."""
+    store = store_of(url)
+    try:
+        found: str = tried(url, lambda: store.put(url, data, tag), kind=OutputError)
+    except FileExistsError:
+        return None
+    except FileNotFoundError:
+        if tag:
+            return None
+        raise OutputError("there is no such bucket", where=url) from None
+    return found
 
 
 def remove(url: str) -> None:
     """Remove an object that may be there."""
-    fs = file_system(url)
+    store = store_of(url)
     with suppress(FileNotFoundError):
-        tried(url, lambda: fs.rm_file(url), kind=OutputError)
+        tried(url, lambda: store.remove(url), kind=OutputError)
 
 
 def abort_uploads(url: str) -> None:
-    """End the uploads of one object that a killed run left, which nobody sees and somebody pays for. Other stores forget them."""
-    if scheme_of(url) != "s3":
-        return
-    fs = file_system(url)
-    bucket, key, _ = fs.split_path(url)
-    with suppress(OutputError, FileNotFoundError):  # a store that does not tell them, or not to us, keeps them
-        found = tried(url, lambda: fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key), kind=OutputError, tries=1)
-        for upload in found.get("Uploads", []):
-            if upload["Key"] == key:
-                tried(url, partial(fs.abort_mpu, bucket, key, upload["UploadId"]), kind=OutputError)
+    """End the uploads of one object that a killed run left; a store that does not tell them, or not to us, keeps them."""
+    store = store_of(url)
+    with suppress(OutputError, FileNotFoundError):
+        tried(url, lambda: store.give_up_all(url), kind=OutputError)
 
 
 def names_below(url: str) -> dict[str, Info]:
     """All files below a folder by their name there; empty where there is none. Raises FormatError."""
-    fs = file_system(url)
+    store = store_of(url)
     try:
-        fs.invalidate_cache()
-        found: dict[str, Info] = tried(url, lambda: fs.find(url, detail=True))
+        found: dict[str, Info] = tried(url, lambda: store.names(url))
     except FileNotFoundError:
         return {}
-    prefix = str(fs._strip_protocol(url)).rstrip("/") + "/"
-    return {name.removeprefix(prefix): one for name, one in found.items()
-            if name.startswith(prefix) and one.get("type") == "file" and name != prefix and not name.endswith("/")}  # fmt: skip
+    return {name: one for name, one in found.items() if name and not name.endswith("/")}

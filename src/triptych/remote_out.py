@@ -1,42 +1,37 @@
 """An output behind a URL: marked until it is complete; every object in it is there as a whole or not at all.
 
-The marker is written first and removed last, as in a folder. No object store has a lock that ends with its holder: two runs of one plan
-into one place at once are not kept apart (two of different plans are, by the marker).
+The marker is written first and removed last, as in a folder. It is a lock too: it names the run that writes here, and every change of it
+has a condition that the store checks, so of two runs one succeeds. While a run goes on it writes the marker anew every BEAT seconds;
+whoever finds the marker of another run watches it for PATIENCE seconds, and takes it over when it stays as it is: that run was killed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import OutputError, PlanError
+from .errors import FormatError, OutputError, PlanError
 from .formats import Stored
 from .pieces import listed
 from .place import MARKER, check_begun, check_kind, check_whole, marked
-from .remote import (
-    WRITABLE,
-    RemoteFile,
-    abort_uploads,
-    file_system,
-    info,
-    is_remote,
-    join,
-    names_below,
-    remove,
-    scheme_of,
-    shown,
-    uploading,
-)
+from .remote import WRITABLE, RemoteFile, abort_uploads, info, is_remote, join, names_below, remove, scheme_of, shown, uploading
+from .remote import put as put_if
 from .steps import Plan
+
+BEAT, PATIENCE = 10.0, 35.0
+"""Seconds between two signs of life of a run, and how long another one waits for one."""
 
 
 def check_remote_place(stored: Stored, source: str | Path, out: str) -> None:
     """That the output may be written there. Raises PlanError: it exists, is inside the input, is of the wrong kind; FormatError."""
     check_whole(stored)
     if scheme_of(out) not in WRITABLE:
-        file_system(out)
         raise PlanError("nothing can be written there", where=shown(out), expected=" or ".join(f"{scheme}://" for scheme in WRITABLE))
     place, given = out.rstrip("/"), str(source).rstrip("/")
     if "/" not in place.partition("://")[2] or "//" in place.partition("://")[2]:
@@ -60,38 +55,128 @@ def _is_there(url: str) -> bool:
         return False
 
 
-def begin(made: Plan, root: str) -> None:
-    """Write the marker, or find the one of an earlier run of the same plan on the same input. Raises PlanError."""
-    if not made.is_folder:
-        if _is_there(join(root, made.files[0].name)):
-            raise PlanError("the output exists", where=made.out, try_="choose another place, or remove it")
+class Hold:
+    """The marker at `url`, held by this run: kept fresh by a thread until `end`. `tag`: what the store calls it as written last."""
+
+    def __init__(self, made: Plan, url: str) -> None:
+        self.url, self.tag, self.number, self.here = url, "", 0, True
+        self.told, self.run = marked(made), secrets.token_hex(8)
+        self._ended, self._lock = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._beats, name="triptych-beat", daemon=True)
+
+    def take(self, tag: str, alone: bool) -> bool:
+        """Write the marker in place of the one with that tag, "" for none; False when another run was quicker."""
+        with self._lock:
+            self.number += 1
+            text = json.dumps({**self.told, "run": self.run if alone else None, "beat": self.number}).encode()
+            found = put_if(self.url, text, tag)
+            if found is None:  # it may be ours, written by a request whose answer was lost
+                there, now = _marker(self.url)
+                found = now if alone and there and there.get("run") == self.run else None
+            self.tag = found or self.tag
+            return found is not None
+
+    def still(self) -> bool:
+        """Whether the place is still this run's; a sign of life."""
+        self.here = self.here and self.take(self.tag, True)
+        return self.here
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        """Others need not wait for signs of life any more."""
+        self._ended.set()
+        self._thread.join()
+        if self.here:
+            with suppress(FormatError, OutputError):
+                self.take(self.tag, False)
+
+    def _beats(self) -> None:
+        while not self._ended.wait(BEAT):
+            with suppress(FormatError, OutputError):  # the next one may come through
+                if not self.still():
+                    return
+
+
+_HELD: dict[str, Hold] = {}
+"""The markers that runs of this process hold."""
+
+
+@contextmanager
+def holding(made: Plan, root: str, shared: bool) -> Iterator[None]:
+    """Hold the place: write the marker, or take over that of an earlier run of the same plan on the same input.
+
+    `shared`: only see that no run holds it alone. Raises PlanError when another run does, or when it is not ours to write in.
+    """
+    url = join(root, MARKER if made.is_folder else f".{made.files[0].name}.triptych-part")
+    hold = Hold(made, url)
+    while not _taken(made, root, hold, shared):
+        pass
+    if shared:
+        yield
         return
-    url, found = join(root, MARKER), _marker(root)
+    _HELD[url] = hold
+    hold.start()
+    try:
+        yield
+        if not made.is_folder:
+            remove(url)
+            hold.here = False
+    finally:
+        del _HELD[url]
+        hold.end()
+        if hold.here and not made.is_folder:
+            remove(url)
+
+
+def _taken(made: Plan, root: str, hold: Hold, shared: bool) -> bool:
+    """Take the place; False where something changed meanwhile. Raises PlanError."""
+    found, tag = _marker(hold.url)
     if found is None:
-        if there := sorted(names_below(root)):
+        there = sorted(names_below(root)) if made.is_folder else [made.out or ""] if _is_there(join(root, made.files[0].name)) else []
+        if there:
             raise PlanError("the output exists", where=made.out, found=listed(there), try_="choose another place, or remove it")
-        text = json.dumps(marked(made)).encode()
-        fs = file_system(url)
+        return hold.take("", not shared)
+    run, _ = found.pop("run", None), found.pop("beat", None)
+    check_begun(made, found)
+    if run is not None:
+        _watch(made, hold.url, tag)
+    return (shared and run is None) or hold.take(tag, not shared)
+
+
+def _watch(made: Plan, url: str, tag: str) -> None:
+    """Wait until a marker has stayed as it is for PATIENCE seconds. Raises PlanError when its run gives a sign of life."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        time.sleep(min(BEAT, PATIENCE) / 4)
+        found, now = _marker(url)
+        if now != tag:
+            if found and found.get("run") is not None:
+                raise PlanError("another run is writing this output", where=made.out, found=f"a sign of life every {BEAT:g} s",
+                                try_="wait until it ends; one that is killed may be continued after a minute")  # fmt: skip
+            return
+
+
+def _marker(url: str) -> tuple[dict[str, Any] | None, str]:
+    """What a marker says, and its tag; None where there is none. One that changes while it is read is read again."""
+    for last in (False, False, True):
         try:
-            fs.pipe_file(url, text, mode="create")  # of two that begin at once one fails
-        except Exception as error:
-            found = _marker(root)
-            if found is None:
-                raise OutputError("the output cannot be written", where=made.out, found=str(error)[:200]) from error
-    if found is not None:
-        check_begun(made, found)
-
-
-def _marker(root: str) -> dict[str, Any] | None:
-    if not _is_there(join(root, MARKER)):
-        return None
-    with RemoteFile(join(root, MARKER)) as file:
-        raw = file.read(0, file.size)
+            file = RemoteFile(url)
+            before, raw = file.info, file.read(0, file.size)
+            file.look()
+            if file.info == before:
+                break
+        except FormatError:
+            if not _is_there(url):
+                return None, ""
+            if last:
+                raise
     try:
         found = json.loads(raw)
     except ValueError:
         found = None
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}, file.info.tag
 
 
 def finished(made: Plan, root: str) -> tuple[str, ...]:
@@ -103,10 +188,10 @@ def finished(made: Plan, root: str) -> tuple[str, ...]:
     ):
         if name not in there:
             continue
-        url, whole = join(root, name), there[name]["size"] == size
+        url, whole = join(root, name), there[name].size == size
         if whole and header:
-            with RemoteFile(url) as file:
-                whole = file.read(0, min(len(header), file.size)) == header
+            file = RemoteFile(url)
+            whole = file.read(0, min(len(header), file.size)) == header
         if whole:
             kept.append(name)
         else:
@@ -115,13 +200,21 @@ def finished(made: Plan, root: str) -> tuple[str, ...]:
 
 
 def drop(root: str, names: Iterable[str]) -> None:
-    """End the uploads of some files that did not come to an end."""
+    """End the uploads of some files that did not come to an end, unless another run has taken over."""
+    hold = _HELD.get(join(root, MARKER))
+    if hold is not None and not hold.still():
+        return
     for name in names:
         abort_uploads(join(root, name))
 
 
 def clear(root: str, names: Iterable[str]) -> None:
-    """Remove all that a plan has written, the marker last."""
+    """Remove all that a plan has written, the marker last; nothing where another run has taken over."""
+    hold = _HELD.get(join(root, MARKER))
+    if hold is not None:
+        if not hold.still():
+            return
+        hold.here = False
     for name in (*names, MARKER):
         remove(join(root, name))
 
@@ -139,7 +232,11 @@ def release(made: Plan, root: str) -> None:
     there = names_below(root)
     written = [(file.name, len(made.headers[file.name]) + file.data_size) for file in made.files]
     written += [(copy.target, copy.size) for copy in made.copies] + [(name, len(text)) for name, text in made.last]
-    if lacking := [name for name, size in written if name not in there or there[name]["size"] != size]:
+    if lacking := [name for name, size in written if name not in there or there[name].size != size]:
         raise OutputError("files are gone that were written", where=made.out, found=listed(lacking),
                           try_="let no other run write here, and run it again")  # fmt: skip
+    hold = _HELD[join(root, MARKER)]
+    if not hold.still():
+        raise OutputError("another run has taken this output over", where=made.out, found=f"no sign of life of this one in {PATIENCE:g} s")
+    hold.here = False
     remove(join(root, MARKER))

@@ -18,8 +18,9 @@ from typing import NamedTuple, Protocol
 
 from .errors import FormatError
 from .mover import Mover, Tick, read_into, write
-from .output import Task, appear, sources
-from .remote import BLOCK, RemoteFile, Upload, abort_uploads, info, join, missing, shown, state_of, uploading
+from .output import Task, sources, written
+from .remote import BLOCK, RemoteFile, Upload, abort_uploads, join, shown, state_of, uploading
+from .remote_web import WINDOW
 from .steps import Feed, OutFile, Source, Step
 
 KEEP = 256 << 20
@@ -49,9 +50,9 @@ class Here(NamedTuple):
 
     def parts(self, file: str, start: int, stop: int) -> Iterator[memoryview]:
         """A range in order."""
-        room = memoryview(bytearray(min(BLOCK, stop - start)))
-        for at in range(start, stop, BLOCK):
-            part = room[: min(BLOCK, stop - at)]
+        room = memoryview(bytearray(min(WINDOW, stop - start)))
+        for at in range(start, stop, WINDOW):
+            part = room[: min(WINDOW, stop - at)]
             read_into(self.fds[file], [part], at, len(part), file)
             yield part
 
@@ -78,17 +79,23 @@ class Spool:
             end = next(b for name, a, b in wider if name == file and a <= start < b)
             while gaps := self._gaps(file, start, stop):  # what the gap before brought along is there by now
                 _, at, _ = gaps[0]
-                data = self.files[file].read(at, min(at + BLOCK, end))
-                write(self.fds[file], memoryview(data), at)
+                to = min(at + BLOCK, end)
+                place = at
+                for part in self.files[file].parts(at, to):
+                    write(self.fds[file], memoryview(part), place)
+                    place += len(part)
                 had = ((file, *one) for one in self._have[file])
-                self._have[file] = [(a, b) for _, a, b in _joined([*had, (file, at, at + len(data))])]
-                self._held += len(data)
+                self._have[file] = [(a, b) for _, a, b in _joined([*had, (file, at, to)])]
+                self._held += to - at
 
     def parts(self, file: str, start: int, stop: int) -> Iterator[bytes]:
         """A range in order, straight from the source where it was not fetched."""
         for at in range(start, stop, BLOCK):
             end = min(at + BLOCK, stop)
-            yield self.files[file].read(at, end) if self._gaps(file, at, end) else os.pread(self.fds[file], end - at, at)
+            if self._gaps(file, at, end):
+                yield from self.files[file].parts(at, end)
+            else:
+                yield from (os.pread(self.fds[file], min(WINDOW, end - here), here) for here in range(at, end, WINDOW))
 
     def _gaps(self, file: str, start: int, stop: int) -> list[Range]:
         """What is lacking of a range."""
@@ -123,27 +130,24 @@ def reading(root: Path | str, states: tuple[Source, ...]) -> Iterator[Reading]:
     with ExitStack() as stack:
         files, fds = {}, {}
         for state in states:
-            files[state.name] = stack.enter_context(RemoteFile(join(root, state.name)))
+            files[state.name] = RemoteFile(join(root, state.name))
             _check_state(files[state.name], state)
             spool = stack.enter_context(tempfile.TemporaryFile(prefix="triptych-"))
             fds[state.name] = spool.fileno()
             os.ftruncate(fds[state.name], state.size)
         yield Spool(files, fds)
         for state in states:
-            try:
-                files[state.name].info = info(files[state.name].url)
-            except FileNotFoundError:
-                raise missing(files[state.name].url) from None
+            files[state.name].look()
             _check_state(files[state.name], state)
 
 
 def _check_state(file: RemoteFile, state: Source) -> None:
-    if (file.info["size"], state_of(file.info)) != (state.size, state.changed):
+    if (file.size, state_of(file.info)) != (state.size, state.changed):
         raise FormatError(
             "a source file was changed while the conversion went on",
             file=shown(file.url),
             expected=f"{state.size} bytes",
-            found=f"{file.info['size']} bytes" + (", others" if file.info["size"] == state.size else ""),
+            found=f"{file.size} bytes" + (", others" if file.size == state.size else ""),
         )
 
 
@@ -182,8 +186,8 @@ class Stream(NamedTuple):
         os.ftruncate(self.fd, 0)  # rows of zeros are left as a fresh file has them
         os.ftruncate(self.fd, size)
         move(self.fd, 0)
-        for part_at in range(0, size, BLOCK):
-            self.upload.put(os.pread(self.fd, min(BLOCK, size - part_at), part_at), at + part_at)
+        for part_at in range(0, size, WINDOW):
+            self.upload.put(os.pread(self.fd, min(WINDOW, size - part_at), part_at), at + part_at)
 
 
 # The work
@@ -192,7 +196,7 @@ class Stream(NamedTuple):
 def do(task: Task, mover: Mover, tick: Tick) -> None:
     """Write one file of a plan, or copy one: it appears whole or not at all."""
     if isinstance(task.root, Path):
-        appear(task.root / task.name, task.size, lambda fd: _fill(task, mover, tick, File(fd)), alone=task.alone)
+        written(task, lambda fd: _fill(task, mover, tick, File(fd)))
         return
     url = join(task.root, task.name)
     abort_uploads(url)
@@ -209,10 +213,10 @@ def _fill(task: Task, mover: Mover, tick: Tick, target: Target) -> None:
             _copy(source, (item.name, 0, item.size), target, 0, tick)
             return
         steps = _in_order(item, isinstance(target, File))
-        needs = [[] if _passes(step) else [_range(feed) for feed in step.feeds] for step in steps]
+        needs = [[] if _passes(step) else [one for feed in step.feeds for one in _ranges(feed)] for step in steps]
         for number, step in enumerate(steps):
             if _passes(step):
-                _copy(source, _range(step.feeds[0]), target, base + step.start, tick)
+                _copy(source, _ranges(step.feeds[0])[0], target, base + step.start, tick)
                 continue
             source.fetch(needs[number], [one for some in needs[number + 1 : number + 1 + AHEAD] for one in some])
             move = partial(_move, mover, step, [source.fds[feed.file] for feed in step.feeds], tick)
@@ -233,8 +237,10 @@ def _passes(step: Step) -> bool:
     return step.size > BLOCK and len(step.feeds) == 1 and step.feeds[0].nests == ((0, 0, step.size, ()),)
 
 
-def _range(feed: Feed) -> Range:
-    return feed.file, feed.start, feed.start + feed.size
+def _ranges(feed: Feed) -> list[Range]:
+    """What is read of a source tensor: all of it, or one rank's part."""
+    starts = [(feed.start + n.into, n) for n in feed.nests]
+    return _joined((feed.file, at, at + n.width + sum((count - 1) * step for count, _, step in n.dims)) for at, n in starts)
 
 
 def _copy(source: Reading, one: Range, target: Target, base: int, tick: Tick) -> None:

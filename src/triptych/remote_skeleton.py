@@ -1,28 +1,31 @@
 """A remote checkpoint as a folder of holes: every file with its name and size, of its bytes only headers, index and config.
 
-Inspecting and planning read no more than that, so they work on it as on any folder.
+Inspecting and planning read no more than that, so they work on it as on any folder. Whoever reads tensors does so through `holes.opened`,
+which fetches them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from .errors import FormatError, PlanError, TriptychError
+from .errors import FormatError, TriptychError
 from .formats.folder import INDEX, MAX_JSON, is_plain_name, read_json
 from .formats.safetensors import MAX_HEADER
-from .packed import Packed
+from .holes import filled
 from .pieces import listed
-from .remote import BLOCK, HTTP, Info, RemoteFile, cut, info, is_remote, join, missing, names_below, scheme_of, shown, state_of
+from .remote import BLOCK, HTTP, RemoteFile, cut, info, is_remote, join, missing, names_below, scheme_of, shown, state_of
+from .remote_web import Info
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
     from tempfile import TemporaryDirectory
 
-SUFFIX, CONFIG = ".safetensors", "config.json"
+SUFFIX, CONFIG, OURS = ".safetensors", "config.json", "triptych-"
 USUAL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
          "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "preprocessor_config.json",
          "processor_config.json", "README.md", "LICENSE")  # fmt: skip
@@ -43,14 +46,9 @@ class Skeleton:
         """What tells that a file was changed: its time, for a local one."""
         return time if self.states is None else self.states[file]
 
-    def check_asked(self, projections: Iterable[Packed], check_weights: bool, settle: bool = True) -> None:
-        """That nobody needs the values of the weights, which are not here. Raises PlanError."""
-        asked = next((one for one in projections if one.ambiguous), None) if settle else None
-        if self.states is not None and (check_weights or asked):
-            orders = " or ".join(map(str, (asked.layout, *asked.ambiguous))) if asked else ""
-            why = f"files of this model have {asked.name} as {orders}" if asked else "--check-weights"
-            raise PlanError("the weights of a remote checkpoint are not asked for their layout", where=shown(self.name), found=why,
-                            try_="--layout NAME=LAYOUT says which one it is; or download it and use --check-weights")  # fmt: skip
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -68,13 +66,41 @@ def skeleton(path: str | Path) -> Iterator[Skeleton]:
             found = _single(root, name) if single else _named(root) if scheme_of(url) in HTTP else _listed(root)
             _check_formats(url, found)
             for one, told in found.items():
-                _hole(here / one, int(told["size"]))
+                _hole(here / one, told.size)
             _fill(here, root, found)
             states = {one: state_of(told) for one, told in found.items()}
-            yield Skeleton(here / name if single else here, url, states, tuple(_notes(url, single, found)))
+            with filled(here, root, {one: told.size for one, told in found.items()}, states):
+                yield Skeleton(here / name if single else here, url, states, tuple(_notes(url, single, found)))
         except TriptychError as error:
             error.fields = {label: _renamed(value, folder, shown(root)) for label, value in error.fields.items()}
             raise
+
+
+def reading_urls(*names: str, told: Callable[[Any, dict[str, Skeleton]], Any] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a function of paths one of URLs too: it is given folders of holes, and what it returns or raises tells of the URLs.
+
+    names: of the parameters that may be URLs, as they stand from the first on; the dataclass that is returned has fields of the same names,
+    or `told` makes of it what it should be.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **given: P.kwargs) -> R:
+            every = {**dict(zip(names, args, strict=False)), **{name: given[name] for name in names if name in given}}
+            urls = {name: str(place).rstrip("/") for name, place in every.items() if isinstance(place, str) and is_remote(place)}
+            if not urls:
+                return function(*args, **given)
+            with ExitStack() as stack:
+                places = {name: stack.enter_context(skeleton(url)) for name, url in urls.items()}
+                some = [places[name].path if name in places else place for name, place in zip(names, args, strict=False)]
+                named = {**given, **{name: places[name].path for name in given if name in places}}
+                found: Any = function(*some, *args[len(some) :], **named)  # type: ignore[arg-type]
+                result: R = told(found, places) if told else replace(found, **urls)
+            return result
+
+        return call
+
+    return decorate
 
 
 def _renamed(value: object, folder: str, root: str) -> object:
@@ -116,7 +142,7 @@ def _named(root: str) -> dict[str, Info]:
     if single + INDEX in found:
         with _temporary() as folder:
             index = Path(folder) / (single + INDEX)
-            _hole(index, int(found[index.name]["size"]))
+            _hole(index, found[index.name].size)
             _fetch(index, join(root, index.name), found[index.name])
             shards = read_json(index).get("weight_map")
         names = set(shards.values()) if isinstance(shards, dict) and set(map(type, shards.values())) == {str} else set()
@@ -140,10 +166,15 @@ def _asked(root: str, names: Iterable[str]) -> dict[str, Info]:
 def _check_formats(url: str, found: Mapping[str, Info]) -> None:
     if not found:
         raise missing(url)
-    top = sorted(name for name in found if "/" not in name)
+    top = sorted(name for name in found if name.count("/") <= _depth(found))
     if not any(name.endswith((SUFFIX, SUFFIX + INDEX)) for name in top):
         raise FormatError("no safetensors in this folder", where=shown(url), expected=f"model{SUFFIX} or model{SUFFIX}{INDEX}",
                           found=listed(top), try_="other formats are read from a disk alone: download it")  # fmt: skip
+
+
+def _depth(found: Iterable[str]) -> int:
+    """In how many folders the weights lie: 1 where there is a folder for each rank."""
+    return min((name.count("/") for name in found if name.endswith((SUFFIX, SUFFIX + INDEX)) and name.count("/") < 2), default=0)
 
 
 def _hole(path: Path, size: int) -> None:
@@ -154,15 +185,17 @@ def _hole(path: Path, size: int) -> None:
 
 def _fill(here: Path, root: str, found: Mapping[str, Info]) -> None:
     """Headers of the weights, index and config, several at a time."""
-    wanted = [name for name in found if "/" not in name and (name == CONFIG or name.endswith((SUFFIX, SUFFIX + INDEX)))]
+    every = [(name, name.rpartition("/")[2]) for name in found if name.count("/") <= _depth(found)]
+    wanted = [name for name, last in every if last == CONFIG or last.startswith(OURS) or last.endswith((SUFFIX, SUFFIX + INDEX))]
     with _pool() as pool:
         list(pool.map(lambda name: _fetch(here / name, join(root, name), found[name]), wanted))
 
 
 def _fetch(path: Path, url: str, told: Info) -> None:
     """Put the header of a safetensors file into its hole, or the whole of a JSON file."""
-    size, at = int(told["size"]), 0
-    with RemoteFile(url) as file, path.open("r+b") as hole:
+    size, at = told.size, 0
+    file = RemoteFile(url)
+    with path.open("r+b") as hole:
         if state_of(file.info) != state_of(told):
             raise FormatError("a file was changed while it was read", file=shown(url))
         stop = size if size <= MAX_JSON else 0

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from . import rowmap
 from .errors import LayoutError
@@ -36,8 +35,8 @@ from .render_ops import (
     nested,
     reshaped,
     runs_of,
-    slice_of,
 )
+from .render_select import selections
 from .sizes import Sizes, bind
 
 WIDTH = 88
@@ -110,12 +109,8 @@ def part_line(layout: Layout, sizes: Sizes, part: str, source: str = "weight", a
     """
     if part not in layout.parts:
         raise LayoutError(f"no part {part!r}", layout=str(layout), expected=", ".join(layout.parts))
-    frame, places, total = frame_of(axis, bias), _places(layout, sizes), count(layout.factors, sizes)
-    states = (
-        _fresh(source + ("" if size == total else frame.index([slice_of(start, size, total)])), [factors], True)
-        for start, size, factors in _segments(layout.factors, sizes, 0)
-    )
-    found = (selected for state in states for selected in _selections(state, places, sizes, frame))
+    frame = frame_of(axis, bias)
+    found = selections(layout, sizes, source, frame, _places(layout, sizes))
     owner, one = next(pair for pair in zip(rowmap.parts(layout, sizes), found, strict=True) if part in pair[0].path.names)
     digits = by_axis(owner)
     have = [tuple(digits[str(axis)] for axis in slot) for slot in one.slots]
@@ -246,69 +241,6 @@ class _Apart:
 
     def _runs(self, factors: Slot) -> list[Slot]:
         return runs_of(factors, self.places, self.sizes)
-
-
-# -- taking one part out ---------------------------------------------------------------------------------------------
-
-
-def _segments(factors: Slot, sizes: Sizes, start: int) -> Iterator[tuple[int, int, Slot]]:
-    """(first row, rows, product) of every stretch that lies in one piece, in the order of `Layout.paths`."""
-    lead, branches, rest = at_sum(factors)
-    if not branches or count(lead, sizes) > 1:
-        yield start, count(factors, sizes), factors
-        return
-    for branch in branches:
-        inside = (*branch.factors, *rest)
-        yield from _segments(inside, sizes, start)
-        start += count(inside, sizes)
-
-
-class _Select(NamedTuple):
-    """Indexing in progress: `text[entries]` has the axes `slots`; slot i begins at step `at[i][1]` of entry `at[i][0]`."""
-
-    text: str
-    entries: tuple[str, ...]
-    at: tuple[tuple[int, int], ...]
-    slots: tuple[Slot, ...]
-    raw: bool
-
-    def done(self, frame: Frame) -> _Select:
-        """The index written out."""
-        if set(self.entries) <= {":"}:
-            return self
-        return _fresh(self.text + frame.index(self.entries), self.slots, False)
-
-
-def _fresh(text: str, slots: Sequence[Slot], raw: bool) -> _Select:
-    return _Select(text, (":",) * len(slots), tuple((i, 0) for i in range(len(slots))), tuple(slots), raw)
-
-
-def _selections(state: _Select, places: Sequence[dict[str, Place]], sizes: Sizes, frame: Frame) -> Iterator[_Select]:
-    """Every part inside, in the order of `Layout.paths`."""
-    i = first_sum(state.slots)
-    if i is None:
-        yield state.done(frame)
-        return
-    if len(state.slots[i]) > 1:
-        state = state.done(frame)
-        slots = (*state.slots[:i], *runs_of(state.slots[i], places, sizes), *state.slots[i + 1 :])
-        text = state.text + reshaped([count(s, sizes) for s in state.slots], [count(s, sizes) for s in slots], frame, state.raw)
-        state = _fresh(text, slots, False)
-        i = first_sum(slots)
-        assert i is not None
-    _, branches, _ = at_sum(state.slots[i])
-    place, start = state.at[i]
-    total = count(state.slots[i], sizes) if state.entries[place] == ":" else -1
-    for branch in branches:
-        size = count(branch.factors, sizes)
-        inside = ([((place, start), branch.factors)]) if size > 1 else []
-        kept = [*zip(state.at[:i], state.slots[:i], strict=True), *inside, *zip(state.at[i + 1 :], state.slots[i + 1 :], strict=True)]
-        entry = slice_of(start, size, total) if size > 1 else str(start)
-        entries = (*state.entries[:place], entry, *state.entries[place + 1 :])
-        yield from _selections(
-            _Select(state.text, entries, tuple(a for a, _ in kept), tuple(slot for _, slot in kept), False), places, sizes, frame
-        )
-        start += size
 
 
 # -- joining ---------------------------------------------------------------------------------------------------------

@@ -71,11 +71,15 @@ def named(layout: Layout, rope: Rope, order: str | None = None) -> Layout:
     ('h (q c p|k c p|v d)', 'h (nope dn|rope p c)')
     >>> str(named(Layout("(q|k|v) h d"), Rope("half", 16), "interleaved"))
     'q h (rot p c|pass dn)|k h (rot p c|pass dn)|v h dv'
+    >>> str(named(Layout("(v h d)"), Rope("half", 16)))
+    '(v h dv)'
 
     Raises PlanError where q and k share these dims with v, or it is not told which dims are turned.
     """
     spread = _spread(layout.factors)
     turned = {axis for leaf in _leaves(spread) for axis in _turned(layout, leaf)}
+    if not turned and rope.first is not None:  # v by itself: d = c * p does not hold for its dims
+        return Layout(text_of(_rebuilt(spread, lambda found: (Axis("dv" if axis == "d" else axis) for axis in found.own))))
     if not turned or (turned == set(PAIRS) and order is None):
         return layout
     pairs = [Axis(axis) for axis in ORDERS[order or rope.order]]

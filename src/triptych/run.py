@@ -1,7 +1,7 @@
-"""Runs a plan here, or one share of it: each file is a piece of work of its own, the index comes last.
+"""Runs a plan here, or one share of it: each file is a piece of work of its own, or several where few are large; the index comes last.
 
-Several runs may share one plan on a shared file system, each doing its own files; one more finishes. How a place is held and how a file
-appears in it is in output.py, so another engine (run_ray.py) does the same work elsewhere.
+Several runs may share one plan on a shared file system, each doing its portion; one more finishes. How a place is held and how a file
+appears in it is in output.py, how files are divided in portions.py; another engine (run_ray.py) does the same work elsewhere.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from . import remote_run
 from .errors import OutputError, PlanError
 from .layout import Layout
 from .mover import WINDOW, Mover, Tick, read_into, write
-from .output import Output, Task, appear, clear, drop, finished, held, names_of, output_of, put, release, sources, task_of
+from .output import Output, Task, clear, drop, finished, held, into_place, names_of, output_of, parted, put, release, sources, written
 from .pieces import in_bytes, listed
 from .plan import plan
-from .steps import OutFile, Plan, Source, starts
+from .portions import complete, deal, lacking, parts_of, prepare, record, recorded, sweep, tasks_of
+from .steps import Plan, Source, starts
 
 WORKERS = 2
 
 
 Engine = Callable[[Sequence[Task], Tick], None]
-"""Does all tasks, each whole or not at all, and calls the tick with bytes done."""
+"""Does all tasks, in any order, and calls the tick with bytes done."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,10 @@ def convert(
     """Write the checkpoint at `path` to `out` with its projections turned into `to`. The input is only read.
 
     Args:
-        to, asked: all that `plan` takes. workers: files written at a time.
+        to, asked: all that `plan` takes. workers: how many write at a time.
         progress: called with the number of bytes written since the last call, from several threads.
-        share: (i, n), 1 to n: only this share of the files; any number of shares may run at once. finish: complete what all shares wrote.
+        share: (i, n), 1 to n: only this share of the work: files, or tensors of files where these do not balance; any number of shares may
+            run at once. finish: complete what all shares wrote.
         engine: does the work in place of threads here (`run_ray.on_ray`).
     Raises what `plan` raises, and OutputError or FormatError when writing or reading fails half-way; then nothing is left behind
         (a share leaves the files that are finished). A run that was killed, or interrupted by ctrl-C, is continued by the same call.
@@ -103,56 +105,91 @@ def run(
         raise PlanError("no such share", found=f"{share[0]}/{share[1]}", expected="1/N to N/N")
     begin = time.monotonic()
     place = output_of(made)
-    items: tuple[OutFile | Source, ...] = (*made.files, *made.copies)
-    tasks = _share([task_of(place, item) for item in items], share or (1, 1))
-    names = [task.name for task in tasks]
+    tasks = tasks_of(place)
     with held(place, shared=share is not None) as created:
-        there = finished(place)
-        kept = [name for name in names if name in there]
-        missing = [task for task in tasks if task.name not in there]
-        if finish and missing:
-            if not there:
-                clear(place, finished=True, folder=created)
-            found = f"{len(missing)} files are not there: {listed(task.name for task in missing)}"
-            raise PlanError("shares are missing", where=made.out, found=found, try_="run the other shares first")
+        there = set(finished(place))
         try:
-            _check_drops(place)
-            (engine or partial(_threads, workers=workers))(missing, progress or (lambda size: None))
+            if finish:
+                done = _finish(place, tasks, there, created)
+            elif share:
+                done = _shared(place, tasks, there, share, partial(_work, engine, workers, progress))
+            else:
+                done = _alone(place, tasks, there, workers, partial(_work, engine, workers, progress))
             if not share:
                 _complete(place)
         except KeyboardInterrupt:
-            drop(place, names)
+            if not (share or finish):
+                clear(place)
             raise
         except BaseException as error:
-            if share or finish:
-                drop(place, names)
-            else:
+            if not (share or finish):
                 clear(place, finished=True, folder=created)
             if isinstance(error, OSError):
                 raise OutputError("the output cannot be written", where=made.out, found=error.strerror or str(error)) from error
             raise
-    size = sum(task.size for task in tasks) if share else made.size
-    return Converted(made, tuple(names if share else names_of(made)), tuple(kept), size, time.monotonic() - begin, share)
+    names = tuple(dict.fromkeys(task.name for task in done))
+    kept = tuple(name for name in names if name in there)
+    size = sum(task.size for task in done) if share else made.size
+    return Converted(made, names if share else tuple(names_of(made)), kept, size, time.monotonic() - begin, share)
 
 
-def _share(tasks: list[Task], share: tuple[int, int]) -> list[Task]:
-    """One share of the tasks: the largest first, each to the share that has least so far."""
-    number, of = share
-    if of == 1:
-        return tasks
-    loads, mine = [0] * of, []
-    for task in sorted(tasks, key=lambda task: (-task.size, task.name)):
-        least = loads.index(min(loads))
-        loads[least] += task.size + 1
-        if least == number - 1:
-            mine.append(task)
+Work = Callable[[Output, Sequence[Task]], None]
+
+
+def _work(engine: Engine | None, workers: int, progress: Tick | None, place: Output, tasks: Sequence[Task]) -> None:
+    _check_drops(place)
+    (engine or partial(_threads, workers=workers))(tasks, progress or (lambda size: None))
+
+
+def _alone(place: Output, tasks: Sequence[Task], there: set[str], workers: int, work: Work) -> Sequence[Task]:
+    """All that is not there yet; files are divided where that keeps all workers busy."""
+    missing = [task for task in tasks if task.name not in there]
+    dealt = [task for mine in deal(missing, workers) for task in mine]
+    if parts_of(dealt):
+        prepare(place, dealt)
+        missing = dealt
+    work(place, missing)
+    complete(missing)
+    return tasks
+
+
+def _shared(place: Output, tasks: Sequence[Task], there: set[str], share: tuple[int, int], work: Work) -> Sequence[Task]:
+    """One share. Every share gives all divided files their size, so that a record never speaks of a file that is yet to be made."""
+    dealt = deal(tasks, share[1])
+    mine = dealt[share[0] - 1]
+    divided = [task for some in dealt for task in some if task.total and task.name not in there]
+    if divided:
+        prepare(place, divided)
+        if share in recorded(place):
+            there |= {task.name for task in mine if task.total}
+    missing = [task for task in mine if task.name not in there]
+    try:
+        work(place, missing)
+        if divided and share not in recorded(place):
+            record(place, share)
+    except BaseException:
+        drop(place, [task.name for task in missing if not task.total])
+        raise
     return mine
+
+
+def _finish(place: Output, tasks: Sequence[Task], there: set[str], created: bool) -> Sequence[Task]:
+    """What all shares wrote becomes whole."""
+    missing = [task for task in tasks if task.name not in there]
+    if found := lacking(place, missing):
+        if not there and not recorded(place):
+            clear(place, finished=True, folder=created)
+        raise PlanError("shares are missing", where=place.plan.out, found=f"not there: {listed(found)}", try_="run the other shares first")
+    for task in missing:
+        into_place(parted(task), Path(task.root) / task.name, task.alone)
+    return tasks
 
 
 def _complete(place: Output) -> None:
     """What comes last: small files, the index; then the place is marked no more."""
     for name, text in place.plan.last:
         put(place, name, text)
+    sweep(place)
     release(place)
 
 
@@ -210,7 +247,7 @@ def do(task: Task, mover: Mover, tick: Tick) -> None:
                 mover.move(step, [fds[feed.file] for feed in step.feeds], target, len(header) + step.start, tick)
 
     mode = (source / item.name).stat().st_mode & 0o777 if isinstance(item, Source) else 0o666
-    appear(root / task.name, task.size, fill, mode=mode, alone=task.alone)
+    written(task, fill, mode)
 
 
 def _check_drops(place: Output) -> None:

@@ -11,11 +11,11 @@ from .output import Task
 from .run import Engine, do
 
 RETRIES = 5
-"""How often a task is begun again when its worker dies. A file appears whole or not at all, so a second try starts anew."""
+"""How often a task is begun again when its worker dies. A file appears whole or not at all, and a part of one is written over."""
 
 
 def on_ray(address: str | None = None, cpus: int | None = None) -> Engine:
-    """An engine for `convert` and `run` that gives one file to one Ray task.
+    """An engine for `convert` and `run` that gives one file, or one part of a divided file, to one Ray task.
 
     Args:
         address: of a running cluster ("auto", "ray://host:10001"); None uses the cluster of this process, or starts one here.

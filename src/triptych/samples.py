@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .errors import MissingExtraError, PlanError
 from .formats import Tensor, gguf
+from .holes import opened
 from .values import PRECISION, decode
 
 Floats = NDArray[np.float32]
@@ -31,8 +32,9 @@ class Numbers:
                 "statistics need numbers", tensor=tensor.name, file=tensor.file, found=tensor.dtype, expected=", ".join(PRECISION)
             )
         self.shape, self.tensor, self.scale, self._packed = tensor.shape, tensor, scale, length
-        with (root / tensor.file).open("rb") as file:
-            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = opened(root, tensor.file)
+        whole = mmap.mmap(self._file.fd, 0, access=mmap.ACCESS_READ)
+        self._file.close()  # a map needs no descriptor
         if hasattr(mmap, "MADV_RANDOM"):
             whole.madvise(mmap.MADV_RANDOM)
         flat = np.frombuffer(whole, np.uint8, tensor.stop - tensor.start, tensor.start)
@@ -43,7 +45,9 @@ class Numbers:
         width = self.shape[1] if len(self.shape) > 1 else 1
         stop = min(columns.stop or width, width)
         blocks = -(-stop // self._packed)
-        raw = np.ascontiguousarray(self._bytes[rows, : blocks * self._bytes.shape[1] * self._packed // width])
+        first, last, _ = rows.indices(self.shape[0])
+        with self._file.having(*(self.tensor.start + row * self._bytes.shape[1] for row in (first, last))):
+            raw = np.ascontiguousarray(self._bytes[rows, : blocks * self._bytes.shape[1] * self._packed // width])
         found = (decode(raw, self.tensor.dtype) if self._packed == 1 else _unpacked(raw, self.tensor.dtype)).astype(np.float32)[:, :stop]
         if self.scale is not None:
             found = found * self.scale[:].repeat(SCALED, 0).repeat(SCALED, 1)[: len(found), :stop]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from .errors import MismatchError, PlanError
-from .formats import open_file
 from .mover import WINDOW, Tick, read_into
+from .output import output_of
 from .pieces import in_bytes
+from .remote_run import reading
 from .run import WORKERS, run
 from .shard_plan import Sharding, Twin, merge_plan, shard_plan, tensors_shared
 from .steps import Feed, starts
@@ -74,9 +73,23 @@ def shard(
     return carry_out(made, workers=workers, progress=progress)
 
 
-def merge(path: str | Path, out: str | Path, *, workers: int = WORKERS, progress: Tick | None = None) -> Resharded:
-    """Join the ranks below `path` into one checkpoint. Arguments and errors as for `shard`."""
-    return carry_out(merge_plan(path, out), workers=workers, progress=progress)
+def merge(
+    path: str | Path,
+    out: str | Path,
+    *,
+    tp: int | None = None,
+    kv: str | None = None,
+    pad_vocab_to: int | None = None,
+    layouts: Mapping[str, str] | None = None,
+    rules: Mapping[str, str] | None = None,
+    records: str | Path | None = None,
+    workers: int = WORKERS,
+    progress: Tick | None = None,
+    **sizes: int,
+) -> Resharded:
+    """Join the ranks below `path` into one checkpoint. Arguments as for `merge_plan`, errors as for `shard`."""
+    made = merge_plan(path, out, tp=tp, kv=kv, pad_vocab_to=pad_vocab_to, layouts=layouts, rules=rules, records=records, **sizes)
+    return carry_out(made, workers=workers, progress=progress)
 
 
 def carry_out(made: Sharding, **ran: Any) -> Resharded:
@@ -91,15 +104,13 @@ def carry_out(made: Sharding, **ran: Any) -> Resharded:
 
 def compare(made: Sharding) -> None:
     """That ranks which hold the same heads, or the same tensor, hold the same bytes. Raises MismatchError at the first that differ."""
-    root, fds = Path(made.plan.path), dict[str, int]()
     one, two = memoryview(bytearray(WINDOW)), memoryview(bytearray(WINDOW))
-    with ExitStack() as stack:
+    asked = {feed.file for twin in made.twins for feed in (twin.first, twin.second)}
+    states = tuple(source for source in made.plan.sources if source.name in asked)
+    with reading(output_of(made.plan).source, states) as given:
         for twin in made.twins:
-            for feed in (twin.first, twin.second):
-                if feed.file not in fds:
-                    fds[feed.file] = open_file(root / feed.file)
-                    stack.callback(os.close, fds[feed.file])
-            _compare(twin, fds, one, two)
+            given.fetch([(feed.file, feed.start, feed.start + feed.size) for feed in (twin.first, twin.second)])
+            _compare(twin, given.fds, one, two)
 
 
 def _compare(twin: Twin, fds: Mapping[str, int], one: memoryview, two: memoryview) -> None:

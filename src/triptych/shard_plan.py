@@ -10,18 +10,23 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import PlanError
+from .foreign import Given, wholes_of_ranks
 from .formats import Stored, index_bytes, nbytes, safetensors_name, without_gc
 from .outfiles import placed_file
 from .pieces import in_bytes, listed, star
 from .place import check_place, check_room
 from .plan import WEIGHTS
+from .rank_sets import find
 from .relay import in_nests
+from .remote import is_remote
+from .remote_out import check_remote_place
+from .remote_skeleton import Skeleton, reading_urls
 from .sharding import EVEN, POLICIES, ROWS, RUN, VOCAB, Cut, Ranks, held, local, passage
 from .shards import TABLE, Sharded, Whole, encode, folder_of, read
 from .stamp import KEY, Stamped
@@ -93,7 +98,7 @@ def _how(cut: Cut | None) -> str:
     if cut is None:
         return "whole on every rank"
     along = "" if cut.axis == 0 else f" along axis {cut.axis}"
-    scales = f", one scale for {cut.block}" if cut.block > 1 else ""
+    scales = f", one element for {cut.block}" if cut.block > 1 else ""
     words = {EVEN: "equal runs", VOCAB: "vocabulary"}
     return f"{words[cut.role] if cut.layout == RUN else f'{cut.layout} by {words.get(cut.role, cut.role)}'}{along}{scales}"
 
@@ -119,6 +124,16 @@ def _told(ranks: Ranks | None) -> dict[str, Any] | None:
     return None if ranks is None else {"world": ranks.world, "kv": ranks.kv, "pad": ranks.pad}
 
 
+def _behind(made: Sharding, places: Mapping[str, Skeleton]) -> Sharding:
+    """A plan made with a folder of holes, as one of the URL that it stands for."""
+    here, plan = places["path"], made.plan
+    if plan.out is not None and f"{plan.out}/".startswith(f"{here.name}/"):
+        raise PlanError("the output lies inside the input", where=plan.out, found=f"the input is {here.name}")
+    sides = [tuple(one._replace(changed=here.changed(one.name, one.changed)) for one in some) for some in (plan.sources, plan.copies)]
+    return replace(made, plan=replace(plan, path=here.name, sources=sides[0], copies=sides[1]))
+
+
+@reading_urls("path", told=_behind)
 @without_gc()
 def shard_plan(
     path: str | Path,
@@ -135,8 +150,8 @@ def shard_plan(
     """What dividing a checkpoint among `tp` ranks would do, checked whole; nothing is written.
 
     Args:
-        path: a checkpoint in one folder, or a folder of ranks, which are then divided anew.
-        out: where the folders `rank-0-of-TP` and so on shall lie.
+        path: a checkpoint in one folder, or a folder of ranks, which are then divided anew; or its URL.
+        out: where the folders `rank-0-of-TP` and so on shall lie; or its URL (s3://, gs://).
         kv: `replicate` (vLLM) or `rows` (Megatron) where there are fewer kv heads than ranks; as before, or `replicate`.
         pad_vocab_to: the vocabulary is filled with zeros to a multiple of this; as before, or 1.
         rules: glob of tensor names -> column, row, vocab or copy, for tensors that neither layout nor table speaks of.
@@ -145,12 +160,10 @@ def shard_plan(
     """
     if type(tp) is not int or not 0 < tp <= MAX_RANKS:
         raise PlanError("no such number of ranks", found=f"tp={tp!r}", expected=f"1 to {MAX_RANKS}")
-    source = read(Path(path))
+    told = Given(layouts or {}, rules or {}, records, sizes, padded=pad_vocab_to is not None)
+    source = _read(Path(path), told)
     if source is None:
-        source = wholes_of(Path(path), layouts or {}, rules or {}, records, sizes)
-    elif given := [word for word, value in {"--layout": layouts, "--rule": rules, "--records": records, "-s": sizes}.items() if value]:
-        found = " and ".join(given)
-        raise PlanError("ranks know how they are divided", found=found, try_="leave it out, or merge them and shard the whole")
+        source = foreign_ranks(path, told) or wholes_of(Path(path), layouts or {}, rules or {}, records, sizes)
     before = source.world
     after = Ranks(tp, kv or before.kv, before.pad if pad_vocab_to is None else pad_vocab_to)
     if after.kv not in POLICIES or type(after.pad) is not int or not 0 < after.pad < 1 << 31:
@@ -158,18 +171,59 @@ def shard_plan(
     return _planned(source, after, out)
 
 
+@reading_urls("path", told=_behind)
 @without_gc()
-def merge_plan(path: str | Path, out: str | Path | None = None) -> Sharding:
-    """What joining the ranks below `path` would do, checked whole: the inverse of `shard_plan`, computed from the tables in the folders."""
-    source = read(Path(path))
+def merge_plan(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    tp: int | None = None,
+    kv: str | None = None,
+    pad_vocab_to: int | None = None,
+    layouts: Mapping[str, str] | None = None,
+    rules: Mapping[str, str] | None = None,
+    records: str | Path | None = None,
+    **sizes: int,
+) -> Sharding:
+    """What joining the ranks below `path` would do, checked whole: the inverse of `shard_plan`, computed from the tables in the folders.
+
+    Args: as for `shard_plan`, for ranks that others wrote, which have no tables; `tp` must be how many there are.
+    """
+    told = Given(layouts or {}, rules or {}, records, sizes, kv, pad_vocab_to)
+    source = _read(Path(path), told) or foreign_ranks(path, told)
     if source is None:
-        raise PlanError("there are no ranks here", where=path, expected=f"folders {folder_of(0, 2)}, {folder_of(1, 2)}, each with {TABLE}")
+        raise PlanError("there are no ranks here", where=path, expected=f"folders {folder_of(0, 2)}, {folder_of(1, 2)}, each with {TABLE}; "
+                        "folders rank0, rank1; or vLLM's model-rank-0-part-0.safetensors")  # fmt: skip
+    if tp is not None and tp != source.world.world:
+        raise PlanError("there is another number of ranks", where=path, expected=str(tp), found=str(source.world.world))
     return _planned(source, None, out)
+
+
+def _read(path: Path, told: Given) -> Sharded | None:
+    """The ranks of a folder that have tables, which know more than a person may say."""
+    source = read(path)
+    words = {"--layout": told.layouts, "--rule": told.rules, "--records": told.records, "-s": told.sizes, "--kv": told.kv,
+             "--pad-vocab-to": told.pad}  # fmt: skip
+    if source is not None and (given := [word for word, value in words.items() if value]):
+        found = " and ".join(given)
+        raise PlanError("ranks know how they are divided", found=found, try_="leave it out, or merge them and shard the whole")
+    return source
+
+
+def foreign_ranks(path: str | Path, told: Given) -> Sharded | None:
+    """The ranks of a folder that others wrote."""
+    if told.kv not in (None, *POLICIES):
+        raise PlanError("no such division", found=f"kv={told.kv!r}", expected=" or ".join(POLICIES))
+    found = find(Path(path))
+    return None if found is None else wholes_of_ranks(found, told)
 
 
 def _planned(source: Sharded, after: Ranks | None, out: str | Path | None) -> Sharding:
     everything = _together(source)
-    if out is not None:
+    url = str(out).rstrip("/") if out is not None and is_remote(out) else None
+    if url is not None:
+        check_remote_place(everything, source.path, url)
+    elif out is not None:
         check_place(everything, Path(out))
     ranks = after or Ranks(1)
     steps, drops, twins = _steps(source, ranks)
@@ -177,7 +231,7 @@ def _planned(source: Sharded, after: Ranks | None, out: str | Path | None) -> Sh
     files, texts, copies = [], [], []
     left_out: dict[str, None] = {}
     indexes: dict[bytes, bytes] = {}
-    first = source.stored[0]
+    first = source.model or source.stored[0]
     metadata = {file.file: {key: value for key, value in file.metadata.items() if key != KEY} for file in first.files}
     tables = encode(source.wholes, ranks) if after else ()
     for rank in range(ranks.world):
@@ -193,15 +247,16 @@ def _planned(source: Sharded, after: Ranks | None, out: str | Path | None) -> Sh
             texts.append((prefix + safetensors_name(first.index), indexes.setdefault(text, text)))  # most are equal, and large
         if after:
             texts.append((prefix + TABLE, tables[rank]))
-        for other in first.others:
-            if other.name.endswith(WEIGHTS):
-                left_out[other.name] = None
-            elif other.name != TABLE:
-                copies.append(Source(source.prefix(0) + other.name, other.size, other.changed, prefix + other.name))
+        mine_too = {other.name: (source.prefix(0), other) for other in first.others}
+        for name, (home, other) in {**{other.name: ("", other) for other in source.beside}, **mine_too}.items():
+            if name.endswith(WEIGHTS):
+                left_out[name] = None
+            elif name != TABLE:
+                copies.append(Source(home + name, other.size, other.changed, prefix + name))
     notes = [*source.notes, *(f"{name} is left out: its weights are not divided" for name in left_out)]
     made = Plan(
         path=str(source.path),
-        out=None if out is None else str(out),
+        out=None if out is None else url or str(out),
         target=_words(after),
         is_folder=True,
         sources=tuple(Source(file.file, file.size, file.changed) for file in everything.files),
@@ -215,7 +270,7 @@ def _planned(source: Sharded, after: Ranks | None, out: str | Path | None) -> Sh
         texts=tuple(texts),
     )
     _check_names(made)
-    if out is not None:
+    if out is not None and url is None:
         check_room(made, Path(out))
     return Sharding(made, source.ranks, after, source.wholes, tuple(twins))
 

@@ -47,8 +47,8 @@ class Ranks:
 class Cut:
     """How one axis of a tensor is divided: in whole `heads`, `even` runs of every part's dims, or as a `vocab`.
 
-    `layout` and `sizes` are those of the whole tensor. With `block` > 1 the cut is that of a tensor of scales, one for every `block` rows
-    of a tensor so laid out; `period` is the number of rows after which the blocks begin anew.
+    `layout` and `sizes` are those of the whole tensor. With `block` > 1 one element along the axis speaks of `block` rows so laid out (a
+    scale of a block, a word of packed numbers); `period` is the number of rows after which the blocks begin anew.
     """
 
     role: str
@@ -226,7 +226,7 @@ def _vocab(cut: Cut, ranks: Ranks, rank: int) -> Rows:
 
 
 def _scales(cut: Cut, ranks: Ranks, rank: int) -> Rows:
-    """Scales, each of one block of rows: blocks move whole, or not at all."""
+    """Scales or packed words, each of one block of rows: blocks move whole, or not at all."""
     block, period = cut.block, cut.period
     if ranks.world == 1:
         return np.arange(cut.rows, dtype=np.int64)
@@ -251,12 +251,12 @@ def _crossing(cut: Cut, ranks: Ranks, rank: int, run: int, starts: Rows, stops: 
     near, inside = at % cut.period // block * block, at % cut.period % block
     found = f"row {at} = {near} + {inside}" if inside else f"row {at} becomes row {int(starts[run])} of the rank, inside a block"
     return PlanError(
-        f"a block of {block} rows with one scale crosses a boundary",
+        f"a block of {block} rows crosses a boundary",
         layout=f"{cut.layout} with {cut.sizes.of(cut.layout)}",
         where=f"rank {rank} of {ranks.world} holds rows {begin} to {end}: {label(cut, begin)}",
-        expected=f"boundaries at multiples of {block} rows",
+        expected=f"boundaries at multiples of {block} rows, of which one element speaks",
         found=found,
-        try_="fewer ranks, or weights without block scales",
+        try_="fewer ranks, or weights without blocks",
     )
 
 

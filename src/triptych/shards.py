@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from . import formats, stamp
 from .errors import FormatError, LayoutError, PlanError
-from .formats import Header, Stored, Tensor
+from .formats import Header, Other, Stored, Tensor
 from .pieces import listed, shown
 from .place import MARKER
 from .sharding import POLICIES, Cut, Ranks, cut_of, held, local
@@ -43,19 +43,28 @@ class Whole(NamedTuple):
 
 @dataclass(frozen=True)
 class Sharded:
-    """A checkpoint in one folder (`ranks` None) or in one for each rank: what is stored in each, and its tensors as wholes."""
+    """A checkpoint in one folder (`ranks` None) or in one for each rank: what is stored in each, and its tensors as wholes.
+
+    `homes`: where the files of each rank lie below `path`, with a slash, where they are not called as ours are; `model`: what the files of
+    one rank are to be called, where not as those of rank 0; `beside`: files that lie above the folders of the ranks.
+    """
 
     path: Path
     ranks: Ranks | None
     stored: tuple[Stored, ...]
     wholes: tuple[Whole, ...]
     notes: tuple[str, ...] = ()
+    homes: tuple[str, ...] = ()
+    model: Stored | None = None
+    beside: tuple[Other, ...] = ()
 
     @property
     def world(self) -> Ranks:
         return self.ranks or Ranks(1)
 
     def prefix(self, rank: int) -> str:
+        if self.homes:
+            return self.homes[rank]
         return f"{folder_of(rank, self.ranks.world)}/" if self.ranks else ""
 
     def tensor(self, rank: int, name: str) -> Tensor:
@@ -94,10 +103,10 @@ def _star(name: str) -> str:
 def read(path: Path) -> Sharded | None:
     """The ranks below a folder, checked against each other; None when there are none. Raises FormatError, PlanError."""
     found = {name: match for name in _folders(path) if (match := _FOLDER.fullmatch(name))}
-    if not found:
-        return None
-    if (path / MARKER).exists():
+    if found and (path / MARKER).exists():
         raise FormatError("the input is an unfinished conversion", file=str(path), try_="run that conversion again first")
+    if not any((path / name / TABLE).exists() for name in found):
+        return None
     worlds = sorted({int(match[2]) for match in found.values()})
     wanted = [folder_of(rank, worlds[0]) for rank in range(worlds[0])] if worlds[0] <= len(found) else []
     if len(worlds) > 1 or set(wanted) != set(found):
@@ -107,6 +116,8 @@ def read(path: Path) -> Sharded | None:
     stored = tuple(formats.read(path / name) for name in wanted)
     layouts = _layouts(table, stored[0])
     wholes = tuple(_whole(tensor, stored, ranks, cuts, layouts) for tensor in stored[0].tensors.values())
+    for whole in wholes:
+        check_held(whole, stored, ranks, "its table says")
     if any(len(one.tensors) != table["count"] for one in stored):
         counts = ", ".join(str(len(one.tensors)) for one in stored)
         raise FormatError("the ranks do not hold the same tensors", where=str(path), expected=f"{table['count']} in each", found=counts)
@@ -175,15 +186,20 @@ def _whole(tensor: Tensor, stored: Sequence[Stored], ranks: Ranks, cuts: Mapping
             raise FormatError("the ranks do not hold what their table says", tensor=tensor.name, expected=f"{cut.rows} rows",
                               found=f"{there} in all ranks together")  # fmt: skip
         shape = (*shape[: cut.axis], cut.rows, *shape[cut.axis + 1 :])
+    return Whole(tensor.name, tensor.file, tensor.dtype, shape, cut, layouts.get(tensor.name), TABLE)
+
+
+def check_held(whole: Whole, stored: Sequence[Stored], ranks: Ranks, what: str) -> None:
+    """That every rank's own tensor has the shape that the cut of the whole gives it. Raises FormatError: it is not what `what`."""
+    cut, shape = whole.cut, whole.shape
     for rank, one in enumerate(stored):
-        own = one.tensors.get(tensor.name)
+        own = one.tensors.get(whole.name)
         rows = None if cut is None else len(held(cut, ranks, rank))
         wanted = shape if cut is None else (*shape[: cut.axis], rows, *shape[cut.axis + 1 :])
-        if own is None or (own.dtype, own.shape) != (tensor.dtype, wanted):
+        if own is None or (own.dtype, own.shape) != (whole.dtype, wanted):
             found = f"{own.dtype} {own.shape}" if own else "no such tensor"
-            raise FormatError("a rank does not hold what its table says", tensor=tensor.name, where=folder_of(rank, ranks.world),
-                              expected=f"{tensor.dtype} {wanted}", found=found)  # fmt: skip
-    return Whole(tensor.name, tensor.file, tensor.dtype, shape, cut, layouts.get(tensor.name), TABLE)
+            raise FormatError(f"a rank does not hold what {what}", tensor=whole.name, where=f"rank {rank} of {ranks.world}",
+                              expected=f"{whole.dtype} {wanted}", found=found)  # fmt: skip
 
 
 def _check(found: Sharded) -> None:

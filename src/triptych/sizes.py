@@ -85,12 +85,14 @@ def _bind(layouts: tuple[Layout, ...], rows: int | None, given: tuple[tuple[str,
         known = _solve(layouts, rows, sizes, used, n_is_free)
     missing = _missing(known, used)
     if missing:
+        wanted = _suggest(missing, known)
         raise SizeError(
             "sizes are missing",
             layout=" and ".join(map(str, layouts)),
             found=", ".join(f"{k}={v}" for k, v in sizes.items()) or "none",
             expected="sizes for " + ", ".join(used),
-            try_="give " + " and ".join(_suggest(missing, known)) + ("" if rows is not None else "; or all but one of them and rows="),
+            try_=f"give {' and '.join(wanted)}{'' if rows is not None else ', or all but one of them and rows='}; "
+            f"on the command line {' '.join(f'-s {name}=NUMBER' for name in wanted)}",
         )
     if rows is not None and count(layouts[0].factors, known) != rows:
         raise does_not_fit(layouts[0], rows, Sizes(known))

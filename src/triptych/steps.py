@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import PlanError
-from .formats import Tensor, header_bytes, nbytes
+from .formats import Tensor, header_bytes, nbytes, without_gc
 from .pieces import in_bytes, listed, shown, star
 from .stamp import KEY, Stamped, encode
 
@@ -162,14 +162,16 @@ class Plan:
             [file.name, file.metadata, [(name, told.to_dict()) for name, told in file.layouts], file.steps, file.align, _sha256(file.head)]
             for file in self.files
         )
-        for part in (*files, self._rest()):
-            found.update(json.dumps(part, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        with without_gc():
+            for part in (*files, self._rest()):
+                found.update(json.dumps(part, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode() + b"\n")
         return f"sha256:{found.hexdigest()}"
 
     @cached_property
     def headers(self) -> dict[str, bytes]:
         """File name -> header."""
-        return {file.name: file.header(self.digest) for file in self.files}
+        with without_gc():
+            return {file.name: file.header(self.digest) for file in self.files}
 
     @property
     def size(self) -> int:
@@ -211,6 +213,7 @@ class Plan:
             **({"texts": [[name, _sha256(text)] for name, text in self.texts]} if self.texts else {}),
         }
 
+    @without_gc()
     def __str__(self) -> str:
         lines = [f"{self.path} -> {self.out or '(no output given)'}   to {self.target}"]
         groups: dict[tuple[object, ...], list[Change]] = {}

@@ -123,6 +123,8 @@ _MISTAKES = {
     "*": ("products are written side by side", "h d, not h*d"),
     "+": ("sums name their parts", "g (q r|k|v) d, not g (r+2) d"),
     "/": ("quotients are axes of their own", "h = (g r) and d = (c p): name the axis you mean, or a free one"),
+    ".": ("a dot means nothing here", "nested parts get theirs by themselves: (q (rot|pass)|k); other axes of the tensor are left out"),
+    "@": ("an axis is no part of a layout", "weights [in, out]: axis=1; on the command line --layout 'NAME_GLOB=LAYOUT @ 1'"),
     "[": ("brackets are round", "(q|k|v)"),
     "{": ("brackets are round", "(q|k|v)"),
     "3": ("3 is a size, not an axis", "name the parts: (q|k|v)"),
@@ -228,7 +230,10 @@ class _Parser:
     def branch(self) -> Branch:
         word = self.word
         if word.kind == "(":
-            raise self.fail("a branch begins with the name of its part", try_="`_` adds no name: (_ g (q r|k|v) d|gate h)")
+            raise self.fail(
+                "a branch begins with the name of its part",
+                try_="one bracket, (q|k|v); or `_`, which adds no name: (_ g (q r|k|v) d|gate h)",
+            )
         if word.kind != "name":
             raise self._unexpected() if word.kind not in ("|", ")", "") else self.fail("a part is missing here", try_="(q|k|v)")
         names, zero = [self._part()], False
@@ -284,7 +289,8 @@ def _check(factors: tuple[Factor, ...], parser: _Parser) -> None:
                 else f"axes {pair[0]!r} and {pair[1]!r} number the same heads or dims"
             )
             where = f" on the way to part {path.names[0]!r}" if path.names[0] else ""
-            raise _twice(parser, pair[1], what + where, "h = (g r), g = (t n), d = (c p): write either side")
+            advice = "leave one out" if pair[0] == pair[1] else "h = (g r), g = (t n), d = (c p): write either side"
+            raise _twice(parser, pair[1], what + where, advice)
 
 
 def _ways(factors: tuple[Factor, ...]) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,21 +13,18 @@ from .arrays import (
     Tensor,
     bits,
     empty_like,
-    join,
     normal_axis,
     overlaps,
-    permute,
     shape_of,
     strided,
     tracks_gradients,
-    unbind,
     window,
-    zeros_like,
 )
 from .errors import LayoutError, SizeError
-from .layout import Factor, Layout, Path, Sum, count
+from .layout import Layout, count
 from .rowmap import ZERO, RowMap, between, from_indices, parts
-from .sizes import Sizes, bind
+from .sizes import bind
+from .weave import close_axis, open_axis, tree_of
 
 MAX_STRIDED_BLOCKS = 64
 
@@ -119,15 +114,15 @@ def fuse(
                     expected=(*batch[:axis], *part.shape, *batch[axis:]),
                     found=shape_of(named[name]),
                 )
-    reader = _reader(layout, bound)
+    tree = tree_of(layout, bound)
     if out is None:
-        return _close(iter([named.get(leaf.name) for leaf in reader.leaves]), axis, reader.root, batch, some)
+        return close_axis(iter([named.get(leaf.name) for leaf in tree.leaves]), axis, tree.root, batch, some)
     wanted = (*batch[:axis], count(layout.factors, bound), *batch[axis:])
     if shape_of(out) != wanted or out.dtype != some.dtype:
         raise SizeError("`out` does not fit", expected=f"{wanted} {some.dtype}", found=f"{shape_of(out)} {out.dtype}")
     views: list[Tensor] = []
-    _open(out, axis, reader.root, views, merge=False)
-    for view, leaf in zip(views, reader.leaves, strict=True):
+    open_axis(out, axis, tree.root, views, merge=False)
+    for view, leaf in zip(views, tree.leaves, strict=True):
         if named.get(leaf.name) is None:
             view[...] = 0
         else:
@@ -198,105 +193,6 @@ def move(tensor: Tensor, rows: RowMap, axis: int = 0, out: Tensor | None = None)
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaf:
-    """One part after all cuts: axes `shape` in row order; `perm` puts them into counting order; `final` is (heads, dims)."""
-
-    name: str
-    shape: tuple[int, ...]
-    perm: tuple[int, ...]
-    final: tuple[int, int]
-
-    @property
-    def counted(self) -> tuple[int, ...]:
-        """`shape` in counting order."""
-        return tuple(self.shape[i] for i in self.perm)
-
-    @property
-    def ordered(self) -> bool:
-        return self.perm == tuple(range(len(self.perm)))
-
-    def merge(self, view: Tensor, axis: int) -> Tensor:
-        """[..., *shape, ...] -> [..., heads, dims, ...]; a view if the strides allow it."""
-        if not self.ordered:
-            view = permute(view, axis, self.perm)
-        if self.counted != self.final:
-            at = axis + len(self.shape)
-            view = view.reshape((*view.shape[:axis], *self.final, *view.shape[at:]))
-        return view
-
-    def unmerge(self, part: Tensor, axis: int) -> Tensor:
-        """[..., heads, dims, ...] -> [..., *shape, ...]; always a view: axes are only cut."""
-        if self.counted != self.final:
-            part = part.reshape((*part.shape[:axis], *self.counted, *part.shape[axis + 2 :]))
-        if not self.ordered:
-            part = permute(part, axis, tuple(self.perm.index(i) for i in range(len(self.perm))))
-        return part
-
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """One step of opening a packed axis: cut axis `at` into `shape`, then take the pieces of axis `cut`."""
-
-    at: int
-    shape: Any  # tuple[int, ...], or None when there is nothing to cut
-    cut: int
-    pieces: tuple[tuple[int, int, _Node], ...]  # (start, width, what follows)
-    single: bool  # all pieces are one wide and lose the axis
-    leaf: _Leaf | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    root: _Node
-    leaves: tuple[_Leaf, ...]
-    order: tuple[int, ...]  # for every part handed out, its leaf
-    kind: type[Parts]
-
-    @property
-    def quick(self) -> bool:
-        """Whether the parts are what one cut of the axis and one unbind give."""
-        plain = (child.leaf is not None and child.leaf.shape == child.leaf.final and child.leaf.ordered for _, _, child in self.root.pieces)
-        return self.root.single and self.root.shape is not None and all(plain)
-
-
-@dataclass(frozen=True, slots=True)
-class Weave:
-    """Tensors of some layouts -> one tensor of another, all decisions taken: reshapes, permutations and joins only. `weave` makes it.
-
-    For code that runs at every step of a model: nothing is looked up, torch.compile can follow it, gradients flow through.
-    """
-
-    sources: tuple[_Node, ...]
-    order: tuple[int, ...]  # for every leaf of the target, its leaf among those of all sources
-    target: _Node
-
-    def __call__(self, tensors: Sequence[Tensor], axis: int = -1) -> Tensor:
-        """[..., rows] of every source -> [..., rows] of the target; a view when one leaf alone allows it."""
-        axis = axis % tensors[0].ndim
-        views: list[Tensor] = []
-        for tensor, node in zip(tensors, self.sources, strict=True):
-            _open(tensor, axis, node, views)
-        batch = (*tensors[0].shape[:axis], *tensors[0].shape[axis + 1 :])
-        return _close(iter([views[i] for i in self.order]), axis, self.target, batch, tensors[0], view=True)
-
-
-@lru_cache(maxsize=1024)
-def weave(sources: tuple[Layout, ...], target: Layout, sizes: Sizes) -> Weave:
-    """How tensors laid out as `sources` become one laid out as `target`, which may want only some of their parts.
-
-    No part may have two roles (k=v) or be declared zero (k=0).
-
-    >>> join = weave((Layout("(q h d)"), Layout("(k h d)")), Layout("h (q|k) d"), bind("h (q|k) d", h=2, d=1))
-    >>> join([np.array([0, 1]), np.array([2, 3])]).tolist()
-    [0, 2, 1, 3]
-    """
-    readers = [_reader(layout, sizes) for layout in sources]
-    wanted = _reader(target, sizes)
-    have = [leaf.name for reader in readers for leaf in reader.leaves]
-    return Weave(tuple(reader.root for reader in readers), tuple(have.index(leaf.name) for leaf in wanted.leaves), wanted.root)
-
-
 _QUICK: dict[tuple[object, ...], tuple[tuple[int, ...], int, type[Parts], tuple[int, ...] | None]] = {}
 """Calls of `split` on torch tensors that come down to one view and one unbind: exact call -> (view shape, unbind axis, kind, order)."""
 
@@ -306,87 +202,17 @@ def _split(tensor: Tensor, layout: Layout | str, axis: int, sizes: Mapping[str, 
     shape = shape_of(tensor)
     at = normal_axis(axis, len(shape), shape)
     value = Layout(layout)
-    reader = _reader(value, bind(value, rows=shape[at], **sizes))
-    root = reader.root
-    if reader.quick and not isinstance(tensor, np.ndarray):
+    tree = tree_of(value, bind(value, rows=shape[at], **sizes))
+    root = tree.root
+    if tree.quick and not isinstance(tensor, np.ndarray):
         if len(_QUICK) > 4096:
             _QUICK.clear()
-        order = None if reader.order == tuple(range(len(reader.leaves))) else reader.order
+        order = None if tree.order == tuple(range(len(tree.leaves))) else tree.order
         full = (*shape[:at], *root.shape, *shape[at + 1 :])
-        _QUICK[(layout, axis, type(tensor), tensor.shape, *sizes.items())] = (full, at + root.cut, reader.kind, order)
+        _QUICK[(layout, axis, type(tensor), tensor.shape, *sizes.items())] = (full, at + root.cut, _kind(value.parts), order)
     views: list[Tensor] = []
-    _open(tensor, at, root, views)
-    return reader.kind([views[i] for i in reader.order])
-
-
-@lru_cache(maxsize=1024)
-def _reader(layout: Layout, sizes: Sizes) -> _Reader:
-    leaves: list[_Leaf] = []
-    root = _node(layout.factors, 0, layout.factors, sizes, iter(layout.paths), leaves)
-    at = {name: i for i, path in enumerate(layout.paths) for name in path.names}
-    return _Reader(root, tuple(leaves), tuple(at[name] for name in layout.parts), _kind(layout.parts))
-
-
-def _node(
-    factors: tuple[Factor, ...], at: int, fresh: tuple[Factor, ...], sizes: Sizes, paths: Iterator[Path], leaves: list[_Leaf]
-) -> _Node:
-    """The step that opens `factors`, of which `fresh` still stand as one axis at `at`."""
-    widths = tuple(count((factor,), sizes) for factor in fresh)
-    shape = None if len(widths) == 1 else widths
-    cut = next((i for i, factor in enumerate(factors) if isinstance(factor, Sum)), None)
-    if cut is None:
-        leaf = _leaf(next(paths), tuple(count((factor,), sizes) for factor in factors))
-        leaves.append(leaf)
-        return _Node(at, shape, 0, (), False, leaf)
-    branches = factors[cut].branches  # type: ignore[union-attr]
-    single = all(not branch.factors for branch in branches)
-    pieces = []
-    start = 0
-    for branch in branches:
-        width = count(branch.factors, sizes)
-        inner = (*factors[:cut], *branch.factors, *factors[cut + 1 :])
-        child = _node(inner, cut, branch.factors, sizes, paths, leaves)
-        pieces.append((start, width, replace(child, shape=None) if single else child))
-        start += width
-    return _Node(at, shape, cut, tuple(pieces), single, None)
-
-
-def _leaf(path: Path, shape: tuple[int, ...]) -> _Leaf:
-    counted = (*path.heads, *path.dims)
-    size = dict(zip(path.axes, shape, strict=True))
-    heads, dims = math.prod(size[a] for a in path.heads), math.prod(size[a] for a in path.dims)
-    return _Leaf(path.names[0], shape, tuple(path.axes.index(a) for a in counted), (heads, dims))
-
-
-def _open(tensor: Tensor, axis: int, node: _Node, views: list[Tensor], merge: bool = True) -> None:
-    """Append a view of every leaf, or with `merge` its [..., heads, dims, ...] form. Cutting axes never copies."""
-    if node.shape is not None:
-        at = axis + node.at
-        shape = tensor.shape
-        tensor = tensor.reshape((*shape[:at], *node.shape, *shape[at + 1 :]))
-    if node.leaf is not None:
-        views.append(node.leaf.merge(tensor, axis) if merge else tensor)
-    elif node.single:
-        for piece, (_, _, child) in zip(unbind(tensor, axis + node.cut), node.pieces, strict=True):
-            _open(piece, axis, child, views, merge)
-    else:
-        for start, width, child in node.pieces:
-            _open(window(tensor, axis + node.cut, start, width), axis, child, views, merge)
-
-
-def _close(tensors: Iterator[Tensor], axis: int, node: _Node, batch: tuple[int, ...], like: Tensor, view: bool = False) -> Tensor:
-    """The way back: leaves in order -> packed axis. A missing (zero) leaf becomes zeros. With `view`, a single piece is not copied."""
-    if node.leaf is not None:
-        part = next(tensors)
-        tensor = zeros_like(like, (*batch[:axis], *node.leaf.shape, *batch[axis:])) if part is None else node.leaf.unmerge(part, axis)
-    else:
-        pieces = [_close(tensors, axis, child, batch, like, view) for _, _, child in node.pieces]
-        tensor = pieces[0] if view and len(pieces) == 1 and not node.single else join(pieces, axis + node.cut, node.single)
-    if node.shape is None:
-        return tensor
-    at = axis + node.at
-    shape = tensor.shape
-    return tensor.reshape((*shape[:at], math.prod(node.shape), *shape[at + len(node.shape) :]))
+    open_axis(tensor, at, root, views)
+    return _kind(value.parts)([views[i] for i in tree.order])
 
 
 def _by_name(tensors: Mapping[str, Tensor] | Sequence[Tensor], layout: Layout) -> dict[str, Tensor]:

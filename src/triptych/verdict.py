@@ -32,8 +32,11 @@ MIN_SIZE_RATIO = 1.5
 """Times as many nats as the next head size: one that is a multiple of the true one explains much of the same."""
 MAX_UNMATCHED = 4.0
 """Times as many nats as a layout has, that forming heads may explain: more is likeness of rows that the layout does not match."""
-NOTABLE = 0.125
-"""Without o, a layout with this share of the best one's nats is asked for its norms too."""
+NOTABLE = 0.25
+"""Without o, a layout with this share of the best one's nats of q against k is asked for its norms too."""
+LAW_TIMES, DOUBTED = 8.0, 0.125
+"""Where query heads share a kv head they resemble each other, too: q against k counts up to so many times what norms say for this k, and
+this share of it besides."""
 MIN_LAYERS = 4
 """Layers that must be pooled before fewer kv heads than query heads are believed without an output projection or a number of heads."""
 SHOWN = 5
@@ -55,8 +58,9 @@ class Case(NamedTuple):
 class Ranked(NamedTuple):
     """One layout with its evidence in nats: q against k, v against o; for gate and up, gate against up and up against down.
 
-    law: by norms. heads: nats that forming heads in this way explains, for each size. Equal numbers of `alignment` mean the same rows of q,
-    k and v side by side; of `outputs`, the same rows of v and columns of o; of `clique`, the same but for who is k among q and k.
+    law: by norms. order: what else tells the order of v's rows: norms of v and o, heads whose rows do not repeat each other. heads: what
+    forming heads in this way explains, for each size. Equal numbers of `alignment` mean the same rows of q, k and v side by side; of
+    `outputs`, the same rows of v and columns of o; of `clique`, the same but for who is k among q and k.
     """
 
     hypothesis: Hypothesis
@@ -67,6 +71,7 @@ class Ranked(NamedTuple):
     outputs: int
     clique: int
     heads: tuple[tuple[int, float], ...] = ()
+    order: float = 0.0
 
     @property
     def layout(self) -> Layout:
@@ -77,18 +82,27 @@ class Ranked(NamedTuple):
         return self.hypothesis.sizes
 
     @property
+    def believed(self) -> float:
+        """Nats of q against k, as far as the norms bear them out where several query heads might be k."""
+        return self.qk if self.hypothesis.ratio == 1 else min(self.qk, LAW_TIMES * self.law + DOUBTED * self.qk)
+
+    @property
     def nats(self) -> float:
-        return self.qk + self.vo
+        return self.believed + self.vo
+
+    @property
+    def placed(self) -> float:
+        """What O says of the order of rows."""
+        return self.vo + self.order
 
     @property
     def formed(self) -> float:
         """Nats that the likeliest heads explain."""
         return max((nats for _, nats in self.heads), default=0.0)
 
-    @property
-    def apart(self) -> float:
-        """What tells it from others that set the same rows side by side."""
-        return self.vo + self.formed
+    def above(self, other: Ranked) -> tuple[float, float]:
+        """What tells it from another that sets the same rows side by side, and the other from it: o, and heads where o agrees."""
+        return self.placed + max(self.formed - other.formed, 0.0), other.placed
 
     def plus(self, other: Ranked) -> Ranked:
         """Of two layers together."""
@@ -96,7 +110,7 @@ class Ranked(NamedTuple):
         for d, nats in other.heads:
             heads[d] = heads.get(d, 0.0) + nats
         sums = self.qk + other.qk, self.vo + other.vo, self.law + other.law
-        return Ranked(self.hypothesis, *sums, self.alignment, self.outputs, self.clique, tuple(heads.items()))
+        return Ranked(self.hypothesis, *sums, self.alignment, self.outputs, self.clique, tuple(heads.items()), self.order + other.order)
 
     def to_dict(self) -> dict[str, Any]:
         told = {"layout": str(self.layout), "sizes": {axis: self.sizes[axis] for axis in self.layout.axes}}
@@ -156,15 +170,13 @@ def decide(ranked: Sequence[Ranked], case: Case, layers: int) -> Verdict:
         parts = "gate and up" if case.kind == GATE_UP else "k and v" if case.kind == KV else "q, k and v"
         return Verdict(None, None, UNKNOWN, 0.0, (), (f"no layout of {parts} has {case.rows} rows{width}",), case, layers)
     top = max(ranked, key=lambda one: one.nats)
-    clique = [one for one in ranked if one.clique == top.clique]
-    law = max(one.law for one in clique)
-    alignment = next(one.alignment for one in clique if one.law == law)
-    best = max((one for one in clique if one.alignment == alignment), key=lambda one: one.apart)
+    choices = _choices(ranked, top.clique)
+    best = choices[0]
     ordered = (best, *sorted((one for one in ranked if one is not best), key=lambda one: -one.nats))
     doubts, lead = _doubts(best, top, ordered[1:], case, layers)
     if doubts:
         return Verdict(None, None, UNKNOWN, lead, ordered, tuple(doubts), case, layers)
-    weak = _weak(best, ordered[1:], case, MIN_LAW if top.alignment == best.alignment else MIN_LAW_AGAINST)
+    weak = _weak(choices, ordered[1:], case, MIN_LAW if top.alignment == best.alignment else MIN_LAW_AGAINST)
     hypothesis, known, told = head_dim(best, case)
     reasons = [*weak, *told]
     if case.kind == QKV and hypothesis.ratio == 1:
@@ -173,16 +185,29 @@ def decide(ranked: Sequence[Ranked], case: Case, layers: int) -> Verdict:
     return Verdict(hypothesis.layout, sizes, WEAK if weak else CONFIDENT, lead, ordered, tuple(reasons), case, layers)
 
 
+def _choices(ranked: Sequence[Ranked], clique: int) -> list[Ranked]:
+    """For every choice of k (or up) among rows that belong together the likeliest heads, unless o says otherwise; the best first."""
+    alike: dict[int, list[Ranked]] = {}
+    for one in ranked:
+        if one.clique == clique:
+            alike.setdefault(one.alignment, []).append(one)
+    found = []
+    for some in alike.values():
+        placed = max(one.placed for one in some) - MIN_LEAD
+        found.append(max((one for one in some if one.placed > placed), key=lambda one: one.placed + one.formed))
+    return sorted(found, key=lambda one: -one.law)
+
+
 def _doubts(best: Ranked, top: Ranked, rivals: Sequence[Ranked], case: Case, layers: int) -> tuple[list[str], float]:
     """Why it cannot be told, and the nats of the lead over the nearest rival."""
     lead, ratio, near = math.inf, math.inf, best
     for one in rivals:
         if one.alignment == best.alignment:
-            ours, theirs = best.apart, one.apart
+            ours, theirs = best.above(one)
         elif one.clique == best.clique:
             continue
         elif one.outputs == best.outputs:
-            ours, theirs = top.qk, one.qk
+            ours, theirs = top.believed, one.believed
         else:
             ours, theirs = top.nats, one.nats
         if ours - theirs < lead:
@@ -198,23 +223,25 @@ def _doubts(best: Ranked, top: Ranked, rivals: Sequence[Ranked], case: Case, lay
     elif ratio <= MIN_RATIO:
         doubts.append(f"the best layout has {ratio:.2f} times the nats of another, and {MIN_RATIO} times are needed")
     if case.kind == QKV and case.width is None and best.hypothesis.ratio > 1:
-        law = max((one.law for one in rivals if one.alignment != best.alignment and one.nats > NOTABLE * top.nats), default=0.0)
+        law = max((one.law for one in rivals if one.alignment != best.alignment and one.qk > NOTABLE * best.qk), default=0.0)
         if law > best.law + MIN_LAW:
             doubts.append(f"the norms of another layout agree better, by {law - best.law:.0f} nats")
+        if any(one.clique != best.clique and one.qk * one.law > best.qk * best.law for one in rivals):
+            doubts.append("another layout has more from q against k, and not much less from norms")
     if case.kind == QKV and case.width is None and case.heads is None and best.hypothesis.ratio > 1 and layers < MIN_LAYERS:
         doubts.append(f"fewer kv heads than query heads: give the output projection, the number of heads, or {MIN_LAYERS} layers to pool")
     return doubts, lead
 
 
-def _weak(best: Ranked, rivals: Sequence[Ranked], case: Case, needed: float) -> list[str]:
+def _weak(choices: Sequence[Ranked], rivals: Sequence[Ranked], case: Case, needed: float) -> list[str]:
     """Why it is not to be acted upon."""
-    reasons = []
-    law = max((one.law for one in rivals if one.clique == best.clique and one.alignment != best.alignment), default=-math.inf)
+    best, reasons = choices[0], []
+    law = max((one.law for one in choices[1:]), default=-math.inf)
     if best.law - law < (MIN_LAW if case.kind == GATE_UP else needed):
         which = "gate from up" if case.kind == GATE_UP else "k from a query head"
         reasons.append(f"norms tell {which} by {max(best.law - law, 0.0):.0f} nats only, and {needed:.0f} are needed")
     pairs = [("gate against up", best.qk, MIN_EACH), ("up against down", best.vo, MIN_EACH)] if case.kind == GATE_UP else []
-    pairs = pairs or [("q against k", best.qk, MIN_QK), ("v against o", best.vo, MIN_EACH)]
+    pairs = pairs or [("q against k", best.qk, MIN_QK), ("v against o", best.placed, MIN_EACH)]
     if case.kind == QKV and case.width is not None:
         reasons += _outside(best, rivals)
     if case.kind != QKV or case.width is not None:
@@ -227,14 +254,21 @@ def _weak(best: Ranked, rivals: Sequence[Ranked], case: Case, needed: float) -> 
 def _outside(best: Ranked, rivals: Sequence[Ranked]) -> list[str]:
     """Signs that the true layout is not among those compared: parts of it fit one of them, other parts another."""
     reasons = []
-    formed = max((one.formed for one in rivals if one.alignment == best.alignment), default=0.0)
+    alike = [one for one in rivals if one.alignment == best.alignment and not _halves(one.hypothesis, best.hypothesis)]
+    formed = max((one.formed for one in alike), default=0.0)
     if formed > best.formed + MIN_FORMED and formed > MIN_RATIO * best.formed:
         reasons.append(f"v and o form heads in one way, q and k in another that explains {formed - best.formed:.0f} nats more")
-    if (other := max((one.qk for one in rivals if one.clique != best.clique), default=0.0)) > best.qk:
-        reasons.append(f"q against k says {best.qk:.0f} nats, and for another layout {other:.0f}")
-    if best.formed > MAX_UNMATCHED * best.nats:
-        reasons.append(f"heads explain {best.formed:.0f} nats, and the layout only {best.nats:.0f}: it may not be among those compared")
+    if (other := max((one.believed for one in rivals if one.clique != best.clique), default=0.0)) > best.believed:
+        reasons.append(f"q against k says {best.believed:.0f} nats, and for another layout {other:.0f}")
+    if best.formed > MAX_UNMATCHED * (best.qk + best.vo):
+        said = f"heads explain {best.formed:.0f} nats, and the layout only {best.qk + best.vo:.0f}"
+        reasons.append(f"{said}: it may not be among those compared")
     return reasons
+
+
+def _halves(one: Hypothesis, other: Hypothesis) -> bool:
+    """Whether heads of one are parts of the other's, as the two halves of a rotated head are."""
+    return bool(one.d and other.d) and one.layout == other.layout and other.d % one.d == 0
 
 
 def head_dim(best: Ranked, case: Case) -> tuple[Hypothesis, bool, list[str]]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
-from . import formats, parallel
-from .checkpoint import Checkpoint, open_checkpoint
+from . import formats, parallel, quantised
+from .agree import checked
+from .checkpoint import Checkpoint, known
 from .errors import PlanError
+from .families import load_records
 from .families.config import towers
-from .formats import Tensor
+from .formats import Stored, Tensor
 from .moves import stamp_of
 from .packed import BY_STAMP, Packed
 from .parallel import COLUMN, COPY, ROW, STACKED, VOCAB, Role
-from .pieces import star
+from .pieces import base_names, star
+from .quantised import GROUPED, IN, Pack, Quantised
 from .sharding import EVEN, HEADS, Cut, along, even, has_heads, vocab
 from .shards import Sharded, Whole, stamped
 
@@ -28,25 +33,30 @@ def wholes_of(
     path: Path, layouts: Mapping[str, str], rules: Mapping[str, str], records: str | Path | None, sizes: Mapping[str, int]
 ) -> Sharded:
     """A checkpoint in one folder. Raises PlanError for a tensor that nothing says how to divide, and what `inspect` raises."""
-    checkpoint = open_checkpoint(path, layouts, sizes, records=records)
-    stored = checkpoint.stored
+    stored = formats.read(path)
     if not stored.is_folder:
         raise PlanError("ranks are made of a folder", where=path, try_=f"give its folder: {path.parent}")
     if head := next((file.file for file in stored.files if file.head), None):
         raise PlanError("ranks are written as safetensors, which has no such dtypes", file=head)
-    wholes = tuple(_Deciding(checkpoint, rules).all())
-    return Sharded(path, None, (stored,), wholes, (*checkpoint.notes, *stored.notes))
+    packed = quantised.unpacked(stored, [*rules, *map(escape, stamped(stored.files))])
+    checkpoint = known(packed.plain, layouts, sizes, records=load_records(records) if records else ())
+    wholes = tuple(Deciding(checkpoint, rules, stored, packed).all())
+    agreements = checked(path, checkpoint.projections, packed.plain.tensors)
+    return Sharded(path, None, (stored,), wholes, (*checkpoint.notes, *(agreement.sentence for agreement in agreements)))
 
 
-class _Deciding:
-    """Decides for every tensor of a checkpoint."""
+class Deciding:
+    """Decides for every tensor of a checkpoint: what is known of it, rules by hand, and what is stored, packed numbers as they are.
 
-    def __init__(self, checkpoint: Checkpoint, rules: Mapping[str, str]) -> None:
-        stored = checkpoint.stored
-        self.checkpoint, self.tensors = checkpoint, stored.tensors
+    `out_in`: every weight is [out, in], whatever the model's own files have.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rules: Mapping[str, str], stored: Stored, packed: Quantised, out_in: bool = False) -> None:
+        self.checkpoint, self.stored, self.quantised = checkpoint, stored, packed
+        self.tensors = {**checkpoint.stored.tensors, **stored.tensors}
         self.config: Mapping[str, Any] = formats.read_config(stored) or {}
-        self.types = frozenset(view.type for view in towers(self.config))
-        self.hand = parallel.by_hand(rules, stored.tensors)
+        self.types = frozenset(view.type for view in towers(self.config) if not out_in)
+        self.hand = parallel.by_hand(rules, self.tensors)
         self.packed = {piece.tensor: (one, n) for one in checkpoint.projections for n, piece in enumerate(one.pieces)}
         self.stamps = stamped(stored.files)
         weights = [(name, one) for name, (one, _) in self.packed.items() if len(self.tensors[name].shape) == 2]
@@ -54,10 +64,10 @@ class _Deciding:
         self.cuts: dict[str, tuple[Cut | None, str] | None] = {}
 
     def all(self) -> Iterator[Whole]:
-        unsaid = [name for name in self.tensors if self.cut(name) is None]
+        unsaid = [name for name in self.stored.tensors if self.cut(name) is None]
         if unsaid:
             raise self._refusal(unsaid)
-        for tensor in self.tensors.values():
+        for tensor in self.stored.tensors.values():
             cut, why = self.cuts[tensor.name] or (None, "")
             told = self.stamps.get(tensor.name)
             if tensor.name in self.packed and cut is not None and told is None:
@@ -66,7 +76,8 @@ class _Deciding:
             yield Whole(tensor.name, tensor.file, tensor.dtype, tensor.shape, cut, told, why)
 
     def _refusal(self, unsaid: list[str]) -> PlanError:
-        name = unsaid[0]
+        pack = self.quantised.packs.get(unsaid[0])
+        name = pack.base if pack else unsaid[0]
         more = f"  and {len(unsaid) - 1} more" if len(unsaid) > 1 else ""
         tensor = self.tensors[name]
         if name in self.checkpoint.unknown:
@@ -87,6 +98,9 @@ class _Deciding:
             return self._by_role(tensor, self.hand[name])
         if name in self.packed:
             return self._by_layout(*self.packed[name])
+        if pack := self.quantised.packs.get(name):
+            decided = self.cut(pack.base)
+            return decided and (cut_of_pack(name, pack, decided[0], self.tensors, self.quantised), f"packed numbers of {pack.base}")
         if name in self.checkpoint.unknown:
             return None
         for tail in SCALES:
@@ -100,7 +114,7 @@ class _Deciding:
 
     def _by_layout(self, packed: Packed, n: int) -> tuple[Cut | None, str]:
         who = packed.source if packed.source != BY_STAMP else "the stamp"
-        if packed.kind == "mlp":
+        if packed.kind == "mlp" or set(base_names(packed.layout)) == {"gate", "up"}:
             return along(EVEN, packed.axis, packed.pieces[n].layout, packed.sizes), who
         if not has_heads(packed.layout):
             return None, f"{who}: no heads"
@@ -146,16 +160,38 @@ class _Deciding:
             return cut, why
         if here == 1:
             return None, why
-        block = self._block(cut.axis - len(base.shape))
+        block = block_of(self.config, cut.axis - len(base.shape)) or BLOCK
         for period in dict.fromkeys((rows, *([rows // cut.sizes["t"]] if "t" in cut.sizes else []))):
             if here == rows // period * -(-period // block):
                 return Cut(cut.role, cut.axis, cut.layout, cut.sizes, block, period), why
         raise PlanError("scales do not fit the tensor that they scale", tensor=tensor.name, found=f"{here} for {rows} of {base.name}",
                         expected=f"1, {rows}, or {-(-rows // block)} for blocks of {block}")  # fmt: skip
 
-    def _block(self, axis: int) -> int:
-        told = self.config.get("quantization_config")
-        sizes = told.get("weight_block_size") if isinstance(told, Mapping) else None
-        if isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and 0 < size < 1 << 20 for size in sizes):
-            return int(sizes[axis])
-        return BLOCK
+
+def cut_of_pack(name: str, pack: Pack, whole: Cut | None, tensors: Mapping[str, Tensor], told: Quantised) -> Cut | None:
+    """How a stored tensor is divided where its weight is divided by `whole`. Raises PlanError for inputs that were sorted."""
+    weight, tensor = told.plain.tensors[pack.base], tensors[name]
+    if whole is None:
+        return None
+    stem, _, word = name.rpartition(".")
+    if whole.axis == IN and pack.base in told.sorted and word in GROUPED:
+        raise PlanError(
+            "inputs that were sorted by activation have their groups on all ranks", tensor=name,
+            expected='"desc_act": false in quantization_config: then each run of inputs has its own groups',
+            found=f"{told.sorted[pack.base]}, a group number for each of {weight.shape[IN]} inputs",
+            try_="\n".join(f"--rule '{star(stem)}.{other}=copy' keeps all groups on every rank, as the numbers count them"
+                           for other in GROUPED if f"{stem}.{other}" in tensors),
+        )  # fmt: skip
+    for axis, (of, block) in enumerate(pack.axes):
+        if of == whole.axis and (tensor.shape[axis] > 1 or block == 1):
+            return replace(whole, axis=axis, block=block, period=weight.shape[of] if block > 1 else 0)
+    return None
+
+
+def block_of(config: Mapping[str, Any], axis: int) -> int | None:
+    """Rows (axis -2) or columns (axis -1) that share a FP8 scale, as the config says."""
+    told = config.get("quantization_config")
+    sizes = told.get("weight_block_size") if isinstance(told, Mapping) else None
+    if isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and 0 < size < 1 << 20 for size in sizes):
+        return int(sizes[axis])
+    return None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..errors import FormatError, TriptychError, cut
 from ..layout import Layout
 from ..sizes import Sizes, bind
-from .match import Claim, Hit, Shape, claims_of, hits_of, index_of, tail_of
+from .match import Claim, Hit, Shape, claims_of, ending_in, hits_of, index_of, tail_of
 from .records import Record, entry_point_records, find
 from .sized import applies, rotary, sizes_of, uses_layer
 
@@ -88,12 +88,8 @@ def declared(
     outcomes = _Outcomes(sizes or {}, shapes)
     found: dict[str, list[Hit]] = {}
     suspects = []
-    for name in shapes:
-        head, _, tail = name.rpartition(".")  # tail_of, without the call: most names end here
-        if tail == "weight" or tail == "bias":
-            tail = name[head.rfind(".") + 1 :]
-        if tail not in tails:
-            continue
+    for name in ending_in(shapes, tails):
+        tail = tail_of(name)
         if tail in _FUSED_TAILS:
             suspects.append(name)
         if hits := hits_of(name, tails[tail], shapes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -72,6 +72,19 @@ def tail_of(name: str) -> str:
     """The end of a name under which patterns are indexed: its last component, two when the last is weight or bias."""
     head, _, last = name.rpartition(".")
     return name[head.rfind(".") + 1 :] if last in ("weight", "bias") else last
+
+
+def ending_in(names: Iterable[str], tails: Container[str]) -> list[str]:
+    """The names whose `tail_of` is among `tails`, without a call for each: most of 200,000 end otherwise.
+
+    >>> ending_in(["a.qkv.weight", "a.qkv.scale", "weight", "a.qkv"], {"qkv", "qkv.weight", "weight"})
+    ['a.qkv.weight', 'weight', 'a.qkv']
+    """
+    return [
+        name
+        for name in names
+        if name[name.rfind(".", 0, -7 if name[-7:] == ".weight" else -5 if name[-5:] == ".bias" else None) + 1 :] in tails
+    ]
 
 
 _HOLE = {"{L}": r"(?P<L>[0-9]{1,9})", "{S}": r"(?P<S>[0-9]{1,9})", "*": r"[^.]+"}

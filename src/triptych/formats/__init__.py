@@ -3,7 +3,7 @@
 from .folder import Other, Stored, index_bytes, read, read_config, read_json
 from .gguf import nbytes
 from .safetensors import ALIGN, BITS, METADATA, Header, Tensor, header_bytes, open_file, parse_json, read_header, without_gc
-from .torch_zip import safetensors_name
+from .torch_zip import safetensors_name, settings
 
 __all__ = [
     "ALIGN",
@@ -23,5 +23,6 @@ __all__ = [
     "read_header",
     "read_json",
     "safetensors_name",
+    "settings",
     "without_gc",
 ]

@@ -9,6 +9,7 @@ import reprlib
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,10 @@ class Other(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """What lies where. `index` is the index file's name and `index_metadata` its table "metadata"; a folder carries its `others` along."""
+    """What lies where. `index` is the index file's name and `index_metadata` its table "metadata"; a folder carries its `others` along.
+
+    `settings` stand for config.json where something else says what it would.
+    """
 
     path: Path
     root: Path
@@ -43,6 +47,7 @@ class Stored:
     others: tuple[Other, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict, hash=False, repr=False)
     notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] | None = field(default=None, hash=False, repr=False)
 
     @property
     def is_folder(self) -> bool:
@@ -65,7 +70,7 @@ def read(path: str | Path) -> Stored:
             raise FormatError("an index is not a checkpoint", file=str(path), try_=f"give its folder: {path.parent}")
         index, names, root = None, (path.name,), path.parent
     elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise FormatError("a URL is not read here", file=str(path), expected="a path", try_="inspect, plan and convert read URLs")
+        raise FormatError("a URL is not read here", file=str(path), expected="a path", try_="download it, and give its path")
     else:
         raise FormatError("no such file or folder", file=str(path))
     weight_map, metadata = _read_index(root / index) if index else ({}, {})
@@ -86,6 +91,8 @@ def _read_file(path: Path) -> tuple[Header, tuple[str, ...]]:
 
 def read_config(stored: Stored) -> dict[str, Any] | None:
     """The config.json beside the weights, or what the head of a GGUF file says, or None. Raises FormatError when it is no table."""
+    if stored.settings is not None:
+        return dict(stored.settings)
     head = next((file for file in stored.files if file.head), None)
     if head is not None:
         return gguf.config_of(gguf.read(stored.root / head.file))
@@ -162,7 +169,9 @@ def is_plain_name(name: str) -> bool:
 
 
 def _join(files: tuple[Header, ...], weight_map: Mapping[str, str] | None, index: str | None) -> dict[str, Tensor]:
-    tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(zip(map(attrgetter("name"), file.tensors), file.tensors, strict=True))
     if len(tensors) != sum(len(file.tensors) for file in files):
         for tensor in (tensor for file in files for tensor in file.tensors):
             if tensors[tensor.name] is not tensor:
@@ -186,7 +195,7 @@ def _join(files: tuple[Header, ...], weight_map: Mapping[str, str] | None, index
 
 def _lists(weight_map: Mapping[str, str], file: Header) -> bool:
     """Whether an index says of every tensor of a file that it lies there."""
-    return {weight_map.get(tensor.name) for tensor in file.tensors} <= {file.file}
+    return set(map(weight_map.get, map(attrgetter("name"), file.tensors))) <= {file.file}
 
 
 def _others(root: Path, taken: set[str | None]) -> Iterator[Other]:

@@ -17,10 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain, repeat
-from operator import attrgetter, itemgetter, sub
+from itertools import repeat
+from operator import attrgetter, sub
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from ..errors import FormatError
 
@@ -149,10 +151,9 @@ def parse_json(raw: bytes, file: str) -> dict[str, Any]:
     """A JSON object out of a file of unknown origin; no key twice, no NaN, every text encodable. Raises FormatError."""
     _check_amount(raw, file)
     try:
-        text = raw.decode("utf-8")
-        table = json.loads(text, parse_constant=_no_constant)
-        if _texts(table) != _quoted(raw):  # a key stands twice: the slow way says which
-            table = json.loads(text, object_pairs_hook=_object)
+        table = _decoded(raw)
+        if table is None or _texts(table) != _quoted(raw):  # it is damaged, or a key stands twice: the slow way says where
+            table = json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
     except RecursionError:
         raise FormatError("the JSON is nested too deeply", file=file) from None
     except ValueError as error:
@@ -160,6 +161,14 @@ def parse_json(raw: bytes, file: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise FormatError("the JSON is no table", file=file, found=type(table).__name__)
     return table
+
+
+def _decoded(raw: bytes) -> Any:
+    """A JSON value, in half the time that `json` takes; None for what is refused here and `json` may read: 1e400, half a surrogate pair."""
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def _check_amount(raw: bytes, file: str) -> None:
@@ -202,7 +211,7 @@ def _metadata(table: object, file: str) -> dict[str, str]:
     return table
 
 
-_entry, _place = itemgetter("dtype", "shape", "data_offsets"), attrgetter("start", "stop")
+_place = attrgetter("start", "stop")
 
 
 def _thorough(raw: bytes, file: str, size: int) -> tuple[list[Tensor], dict[str, str]]:
@@ -214,24 +223,35 @@ def _thorough(raw: bytes, file: str, size: int) -> tuple[list[Tensor], dict[str,
     return tensors, metadata
 
 
+class _Entry(msgspec.Struct, gc=False):
+    """The value of every key of a header, that of the metadata too: then none of these is told."""
+
+    dtype: str = ""
+    shape: tuple[int, ...] | None = None
+    data_offsets: tuple[int, int] | None = None
+
+
+class _About(msgspec.Struct):
+    metadata: dict[str, str] = msgspec.field(name=METADATA, default_factory=dict)
+
+
+_ENTRIES, _ABOUT = msgspec.json.Decoder(dict[str, _Entry]), msgspec.json.Decoder(_About)
+_told = attrgetter("dtype", "shape", "data_offsets")
+
+
 def _quick(raw: bytes, file: str, size: int) -> tuple[list[Tensor], dict[str, str]] | None:
-    """What `_thorough` gives, checked column by column in a third of its time, or None when anything is not as it must be."""
+    """What `_thorough` gives, read by type and checked column by column in a fourth of its time, or None when something is not right."""
     try:
-        table = json.loads(raw.decode("utf-8"))
-        quoted = _quoted(raw) - (METADATA in table)
-        metadata = _metadata(table.pop(METADATA, {}), file)
+        table, metadata = _ENTRIES.decode(raw), _ABOUT.decode(raw).metadata
+        quoted = _quoted(raw) - (table.pop(METADATA, None) is not None)
         if quoted != 5 * len(table) + 2 * len(metadata):  # a name, three keys and a dtype for each: one more, and a key stands twice
             return None
-        "".join(table).encode()
-        dtypes, lists, offsets = zip(*map(_entry, table.values()), strict=True)
+        dtypes, shapes, offsets = zip(*map(_told, table.values()), strict=True)
         starts, stops = zip(*offsets, strict=True)
-        numbers = set(map(type, chain(starts, stops, chain.from_iterable(lists))))
-        if numbers != {int} or set(map(type, lists)) != {list} or set(map(len, table.values())) != {3}:
-            return None
-        sizes, dtypes, shapes = zip(*map(_kind, dtypes, map(tuple, lists)), strict=True)
+        sizes, dtypes, shapes = zip(*map(_kind, dtypes, shapes), strict=True)
         if sizes != tuple(map(sub, stops, starts)):
             return None
-    except (TypeError, KeyError, AttributeError, ValueError, RecursionError, FormatError):
+    except (msgspec.DecodeError, TypeError, KeyError, ValueError, RecursionError):
         return None
     base = 8 + len(raw)
     columns = zip(table, dtypes, shapes, repeat(file), map(base.__add__, starts), map(base.__add__, stops), strict=False)

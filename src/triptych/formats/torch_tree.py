@@ -40,6 +40,20 @@ def find_tensors(tree: object, file: str, limit: int) -> Named:
     return walk.named
 
 
+SETTINGS, VERSION = "args", "checkpoint_version"
+"""Where Megatron-LM keeps what it was started with, and how it orders q, k, v (d98e8a64:megatron/training/checkpointing.py:1571-1572)."""
+
+
+def plain_settings(tree: object) -> Iterator[tuple[str, Any]]:
+    """Name and value of every setting that is a number, a text, true, false or None."""
+    entries = {key: value for key, value in _pairs(tree) if isinstance(key, str)} if isinstance(tree, Table) else {}
+    told = entries.get(SETTINGS)
+    tables = [part for part in told.parts if isinstance(part, Table)] if isinstance(told, Call) else []
+    for key, value in (*(pair for table in tables for pair in _pairs(table)), (VERSION, entries.get(VERSION))):
+        if isinstance(key, str) and (value is None or type(value) in (bool, int, float, str)):
+            yield key, value
+
+
 def _holders(tree: object) -> set[int]:
     """The ids of all containers that hold a tensor, at any depth. Cycles and shared values are walked once."""
     above: dict[int, list[int]] = {id(tree): []}

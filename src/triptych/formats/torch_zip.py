@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ..errors import FormatError, PlanError
 from .safetensors import BITS, MAX_DIMS, MAX_SIZE, Header, Tensor, open_file, without_gc
-from .torch_tree import REBUILD, find_tensors
+from .torch_tree import REBUILD, find_tensors, plain_settings
 from .unpickle import Call, Name, Outside, load
 from .zip_records import Record, content, data_start, read_records
 
@@ -134,6 +134,19 @@ def read(path: Path) -> TorchFile:
     strided = tuple(one for one in found.values() if isinstance(one, Strided))
     unreadable = {**named.unreadable, **{name: why for name, why in found.items() if isinstance(why, str)}}
     return TorchFile(header, strided, unreadable, named.ignored, named.inside)
+
+
+def settings(path: Path) -> dict[str, bool | int | float | str | None]:
+    """The plain values that a training program left beside the model: those of `args`, and `checkpoint_version`. Raises as `read`."""
+    fd = open_file(path)
+    try:
+        info = os.fstat(fd)
+        _check_kind(os.pread(fd, 64, 0), info.st_size, path.name)
+        with without_gc():
+            archive = _Archive(fd, info.st_size, path.name)
+            return dict(plain_settings(load(archive.program(), path.name, archive.steps)))
+    finally:
+        os.close(fd)
 
 
 def _check_kind(first: bytes, size: int, file: str) -> None:

@@ -12,16 +12,20 @@ from pathlib import Path
 from .. import __version__
 from ..errors import PlanError, TriptychError
 from ..formats import without_gc
+from ..holes import is_behind
+from ..pieces import listed
+from ..remote_skeleton import reading_urls
 from . import rules_files, rules_layout, rules_values
 from .model import HEADERS, VALUES, WEIGHTS, Finding, Rule
 from .report import Report
-from .seen import Seen, look
+from .seen import ENDINGS, Seen, look
 from .values import KINDS, is_looked_at
 
 RULES: tuple[Rule, ...] = (*rules_files.RULES, *rules_layout.RULES, *rules_values.RULES)
 """Every rule, in the order of the report."""
 
 
+@reading_urls("path")
 @without_gc()
 def lint(
     path: str | Path,
@@ -35,7 +39,7 @@ def lint(
     """What is wrong with a checkpoint. docs/lint has a page for each rule.
 
     Args:
-        path: a folder, or one file; of one file it is not asked what is missing beside it.
+        path: a folder, or one file, or the URL of one; of one file it is not asked what is missing beside it.
         fast: headers, indexes, config, stamps and pickles only; no numbers are read.
         check_weights: ask `detect` too whether the weights contradict their layouts.
         ignore: ids of rules that are not run.
@@ -73,6 +77,8 @@ def _findings(rule: Rule, seen: Seen) -> Iterable[Finding]:
 
 
 def _notes(seen: Seen, fast: bool) -> Iterable[str]:
+    if is_behind(seen.root) and (others := [name for name in seen.files if name.endswith(ENDINGS[1:])]):
+        yield f"behind a URL only safetensors are looked at, and not {listed(others, 4)}"
     if fast:
         yield "headers only: no numbers were looked at"
         return

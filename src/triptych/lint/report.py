@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from urllib.parse import quote
 
 from ..pieces import in_bytes, shown, star
 from .model import ERROR, Finding, Rule
+from .pages import TEXTS
 
 VERSION = 1
 SARIF, SCHEMA = "2.1.0", "https://json.schemastore.org/sarif-2.1.0.json"
@@ -62,7 +64,7 @@ class Report:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def to_sarif(self, strict: bool = False) -> dict[str, Any]:
-        """A SARIF 2.1.0 log of one run. Places are relative to the checkpoint's folder; helps name pages relative to the project's."""
+        """A SARIF 2.1.0 log of one run. Places are relative to the checkpoint's folder; helps are the text of the rules' pages."""
         place = {rule.id: number for number, rule in enumerate(self.rules)}
         driver = {"name": "triptych", "version": self.version, "rules": [_descriptor(rule) for rule in self.rules]}
         folder = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
@@ -77,10 +79,11 @@ class Report:
 
 
 def _descriptor(rule: Rule) -> dict[str, Any]:
+    text = f"{TEXTS[rule.id]}\n\nSee {rule.page}"
     return {
         "id": rule.id,
         "shortDescription": {"text": rule.title},
-        "help": {"text": f"{rule.remedy}. See {rule.page}", "markdown": f"{rule.remedy}. See [{rule.id}]({rule.page})"},
+        "help": {"text": re.sub(r"^#+ |`", "", text, flags=re.MULTILINE), "markdown": text},
         "defaultConfiguration": {"level": rule.severity},
     }
 
@@ -88,7 +91,7 @@ def _descriptor(rule: Rule) -> dict[str, Any]:
 def _result(one: Finding, place: int) -> dict[str, Any]:
     location: dict[str, Any] = {}
     if one.file:
-        location["physicalLocation"] = {"artifactLocation": {"uri": quote(one.file), "uriBaseId": BASE}}
+        location["physicalLocation"] = {"artifactLocation": {"uri": quote(_raw(one.file)), "uriBaseId": BASE}}
     if one.tensor:
         location["logicalLocations"] = [{"fullyQualifiedName": shown(one.tensor), "kind": "resource"}]
     name = "/".join((one.rule, one.file or "", one.tensor or ""))
@@ -100,6 +103,14 @@ def _result(one: Finding, place: int) -> dict[str, Any]:
         "locations": [location] if location else [],
         "partialFingerprints": {"place/v1": hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()},
     }
+
+
+def _raw(name: str) -> bytes:
+    """A name as the file system has it; one that no file can have, as an index tells it."""
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogatepass")
 
 
 def _alike(findings: Iterable[Finding]) -> Iterator[tuple[Finding, int]]:

@@ -13,7 +13,7 @@ from .model import ERROR, WARNING, Spot, rule
 from .pickles import is_for_tensors, runs_code
 from .seen import NUMBERED, Seen
 
-PART = re.compile(r"\..+\.triptych-part\Z", re.DOTALL)
+PART = re.compile(r"\..+\.triptych-parts?\Z", re.DOTALL)
 STACKS = ("layers", "layer", "h", "blocks", "block")
 STACK = re.compile(rf"((?:.*?\.)?(?:{'|'.join(STACKS)}))\.(\d{{1,9}})\.", re.DOTALL)
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..errors import FormatError, PlanError, TriptychError
 from ..families import Record
 from ..formats import Header, Tensor, gguf, torch_zip
 from ..formats.folder import INDEX, is_plain_name
+from ..holes import is_behind, opened
 from ..packed import Packed
 from ..stamp import Stamped
 from .model import Spot
@@ -128,7 +130,7 @@ def look(path: str | Path, records: str | Path | None, sizes: Mapping[str, int])
     root = path.parent if alone else path
     files = (path.name,) if alone else tuple(_names(root, spots))
     top = [name for name in files if "/" not in name and not name.startswith(".")]
-    sets = tuple(_sets(root, top, spots))
+    sets = tuple(_sets(root, [name for name in top if not is_behind(root) or SAFETENSORS in name], spots))
     config = None
     if (root / "config.json").exists():
         try:
@@ -306,7 +308,7 @@ def _told(weights: Weights, seen: Seen) -> Told:
 
 def _asked(seen: Seen) -> Iterator[tuple[str, tuple[str, ...]]]:
     for file in seen.files:
-        if file.endswith(PICKLES):
+        if file.endswith(PICKLES) and not is_behind(seen.root):
             try:
                 yield file, names_in(seen.root / file)
             except TriptychError:  # no readable archive: a file of weights is reported as such
@@ -320,14 +322,11 @@ def _values(seen: Seen) -> Values:
         found: dict[str, Facts] = {}
         for file, tensors in by_file(weights.tensors).items():
             try:
-                fd = formats.open_file(weights.root / file)
-                try:
+                with closing(opened(weights.root, file)) as source:
                     for tensor in filter(is_looked_at, tensors):
                         axis = axes.get(tensor.name, packed_axis(tensor.shape) if len(tensor.shape) == 2 else 0)
-                        found[tensor.name] = facts(fd, tensor, axis)
+                        found[tensor.name] = facts(source, tensor, axis)
                         size += tensor.size
-                finally:
-                    os.close(fd)
             except (FormatError, OSError) as error:
                 spots.append(_named(error, file) if isinstance(error, FormatError) else Spot(f"{error.strerror}", file))
         every.append(found)

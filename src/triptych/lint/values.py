@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import FormatError
 from ..formats import Tensor
+from ..holes import Opened, opened
 
 BLOCK = 1 << 22
 """Bytes that are read at a time."""
@@ -48,7 +50,7 @@ def is_looked_at(tensor: Tensor) -> bool:
     return tensor.dtype in KINDS and tensor.size > 0
 
 
-def facts(fd: int, tensor: Tensor, axis: int) -> Facts:
+def facts(source: Opened, tensor: Tensor, axis: int) -> Facts:
     """Read a tensor once. Raises FormatError when the file has become shorter."""
     kind = KINDS[tensor.dtype]
     outer, rows, inner = _shape(tensor.shape, axis)
@@ -58,7 +60,8 @@ def facts(fd: int, tensor: Tensor, axis: int) -> Facts:
     at = tensor.start
     for first, (k, n, m) in _blocks(outer, rows, inner, len(buffer) // peaks.itemsize):
         view = buffer[: k * n * m * peaks.itemsize]
-        _fill(fd, view, at, tensor.file)
+        with source.having(at, at + len(view)):
+            _fill(source.fd, view, at, tensor.file)
         at += len(view)
         size = np.frombuffer(view, kind.word).reshape(k, n, m) & peaks.dtype.type(kind.mask)
         peak = size.max(axis=(0, 2))
@@ -106,15 +109,24 @@ class Peek:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.maps: dict[str, Any] = {}
+        self.maps: dict[str, tuple[Opened, Any]] = {}
 
     def alike(self, tensor: Tensor, axis: int, rows: NDArray[np.int64]) -> bool:
         """Whether rows along an axis (two or more) are all equal, bit for bit. Two rows settle it for nearly every tensor."""
         if tensor.file not in self.maps:
-            self.maps[tensor.file] = np.memmap(self.root / tensor.file, np.uint8, "r")
-        word = KINDS[tensor.dtype].word
-        raw = self.maps[tensor.file][tensor.start : tensor.stop].view(word).reshape(_shape(tensor.shape, axis))
-        return len(rows) > 1 and all(np.array_equal(raw[:, rows[0]], raw[:, row]) for row in rows[1:])
+            source = opened(self.root, tensor.file)
+            self.maps[tensor.file] = source, np.frombuffer(mmap.mmap(source.fd, 0, access=mmap.ACCESS_READ), np.uint8)
+            source.close()  # a map needs no descriptor
+        source, whole = self.maps[tensor.file]
+        outer, count, inner = _shape(tensor.shape, axis)
+        raw = whole[tensor.start : tensor.stop].view(KINDS[tensor.dtype].word).reshape(outer, count, inner)
+
+        def row(number: int) -> Any:
+            start = tensor.start + number * inner * raw.itemsize
+            with source.having(start, start + inner * raw.itemsize) if outer == 1 else source.having(tensor.start, tensor.stop):
+                return raw[:, number].copy()
+
+        return len(rows) > 1 and all(np.array_equal(row(rows[0]), row(other)) for other in rows[1:])
 
 
 def runs(marks: NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -17,8 +17,8 @@ from ..arrays import strided
 from ..blocks import nest
 from ..errors import TraceError
 from ..rowmap import Rows
+from .places import Columns, Table
 from .probe import read
-from .roles import Columns, Table
 
 T = TypeVar("T")
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[object, dict[str, Layer]]] = weakref.WeakKeyDictionary()
@@ -91,12 +91,17 @@ class Layers(Generic[T]):
     def __len__(self) -> int:
         return len(self._layers)
 
+    def __repr__(self) -> str:
+        return "\n".join(self._layers)
+
 
 def anatomy(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Layer]:
     """The layers of a model with attention, as `probe` sees them run, in the order of its modules; found once per model.
 
     Args: what to call the model with, as for `probe`. Raises TraceError: it cannot be run, or no attention is seen.
     """
+    if not isinstance(model, nn.Module):
+        raise TraceError("a model is wanted", expected="a torch.nn.Module", found=type(model).__name__)
     key = tuple((name, p.shape) for name, p in model.named_parameters())
     known = _KNOWN.get(model)
     if known is not None and known[0] == key:

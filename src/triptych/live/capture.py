@@ -158,6 +158,8 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Captured]:
     >>> acts[0].before.q.shape
     torch.Size([2, 5, 3, 4])
     """
+    if not isinstance(model, nn.Module):
+        raise TraceError("a model is wanted", expected="a torch.nn.Module", found=type(model).__name__)
     compiled = next((n for n, m in model.named_modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None), None)
     if compiled is not None:
         raise TraceError("compiled code cannot be watched", where=compiled or type(model).__name__, try_="capture the model it was made of")
@@ -194,6 +196,10 @@ class _Watch(TorchFunctionMode):
     # hooks
 
     def attach(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
+        """Hooks the projections, whose outputs are kept, and all modules around them, whose calls tell which outputs belong together.
+
+        What removes the hooks is added to `handles`.
+        """
         modules = dict(model.named_modules())
         around: set[str] = set()
         for parameter in self.lines:

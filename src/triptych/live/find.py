@@ -29,7 +29,8 @@ class Fused:
     """A fused projection: its tensor with the packed `axis`, and the bias that goes with it.
 
     `name` is what the user calls it in `fused=`, `weight_text` and `bias_text` are how code reaches the tensors, `kind` is
-    "weight", or "activation" when the fused tensor itself is given. `owner` is the module that holds the weight, `home` the one around it.
+    "weight", or "activation" when the fused tensor itself is given, or "output" when `owner` keeps its weight packed (quantised): what it
+    returns is then followed, and `tensor` only has the shape. `owner` is the module that holds the weight, `home` the one around it.
     """
 
     name: str
@@ -84,11 +85,11 @@ def _by_name(candidate: Fused) -> bool:
 
 
 def _by_shape(candidate: Fused) -> bool:
-    return candidate.kind == "weight" and candidate.rows * candidate.tensor.shape[1 - candidate.axis] * 3 == candidate.rows**2
+    return candidate.kind != "activation" and candidate.rows * candidate.tensor.shape[1 - candidate.axis] * 3 == candidate.rows**2
 
 
 def _by_default(candidate: Fused) -> bool:
-    return candidate.kind == "weight" and candidate.rows > 1
+    return candidate.kind != "activation" and candidate.rows > 1
 
 
 def _listing(candidates: list[Fused]) -> str:
@@ -200,8 +201,13 @@ def _candidates(name: str, value: object) -> Iterator[Fused]:
 
 def _of_modules(name: str, root: nn.Module) -> Iterator[Fused]:
     for path, module in root.named_modules():
-        own = dict(module.named_parameters(recurse=False))
         home = root.get_submodule(path.rpartition(".")[0]) if path else root
+        packed = _packed(module)
+        if packed is not None:
+            text = ".".join(filter(None, [name, path]))
+            yield Fused(path or text, packed, None, 0, "output", f"{text}(...)", "", module, home, root)
+            continue
+        own = dict(module.named_parameters(recurse=False))
         for key, tensor in own.items():
             if nn.parameter.is_lazy(tensor) or tensor.dim() < 2 or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 continue
@@ -212,6 +218,17 @@ def _of_modules(name: str, root: nn.Module) -> Iterator[Fused]:
             axis = 1 if type(module).__name__ == "Conv1D" else 0
             bias_text = ".".join(filter(None, [name, path, bias_key]))
             yield Fused(short, tensor, bias, axis, "weight", text, bias_text, module, home, root)
+
+
+def _packed(module: nn.Module) -> Tensor | None:
+    """[out, in] without storage, when a linear module keeps its weight in another form: several numbers in one, in buffers, or turned."""
+    rows, width = (getattr(module, name, None) or getattr(module, name.replace("_", ""), None) for name in ("out_features", "in_features"))
+    if not (isinstance(rows, int) and isinstance(width, int) and rows > 0 and width > 0):
+        return None
+    matrices = [tensor for tensor in module.parameters() if nn.parameter.is_lazy(tensor) or tensor.dim() > 1]
+    if any(nn.parameter.is_lazy(tensor) or rows in tensor.shape for tensor in matrices):
+        return None
+    return torch.empty(rows, width, device="meta")
 
 
 def _bare(name: str, tensor: Tensor) -> Fused:
@@ -237,9 +254,10 @@ def _unique(candidates: Iterator[Fused]) -> Iterator[Fused]:
     """Tied and twice-reached tensors once; those inside a module first, since it knows the bias."""
     seen: dict[int, Fused] = {}
     for candidate in candidates:
-        have = seen.get(id(candidate.tensor))
+        key = id(candidate.owner if candidate.kind == "output" else candidate.tensor)
+        have = seen.get(key)
         if have is None or (have.owner is None and candidate.owner is not None):
-            seen[id(candidate.tensor)] = candidate
+            seen[key] = candidate
     yield from seen.values()
 
 

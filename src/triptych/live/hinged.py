@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..layout import Layout
-from ..tensors import weave
+from ..weave import weave
 from .projections import Packing
 from .state import PACKED, accept, marked, wrapped
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .follow import Follow
+from .ledger import Ledger
+from .watch import quietly
 
 NAMES = re.compile(r"delta_rule|delta_attention|kda|retention|selective_scan|chunk_scan|mlstm|chunkwise")
 
@@ -20,20 +21,20 @@ OTHERS = {"beta": "b", "g": "a", "igate": "i", "fgate": "f"}
 
 
 @contextlib.contextmanager
-def recurrences(model: nn.Module, follow: Follow) -> Iterator[None]:
-    """While it lasts, such functions in the modules of the model's code tell `follow` what reached them."""
+def recurrences(model: nn.Module, ledger: Ledger) -> Iterator[None]:
+    """While it lasts, such functions in the modules of the model's code tell the ledger what reached them."""
     changed: list[tuple[Any, str, Any]] = []
     try:
         for home in {sys.modules[type(module).__module__] for module in model.modules() if type(module).__module__ in sys.modules}:
             for name, value in list(vars(home).items()):
                 if _is_recurrence(name, value):
                     changed.append((home, name, value))
-                    setattr(home, name, _reporting(value, follow))
+                    setattr(home, name, _reporting(value, ledger))
         for module in model.modules():
             for name, value in list(vars(module).items()):
                 if _is_recurrence(name, value):
                     changed.append((module, name, value))
-                    object.__setattr__(module, name, _reporting(value, follow))
+                    object.__setattr__(module, name, _reporting(value, ledger))
         yield
     finally:
         for owner, name, value in reversed(changed):
@@ -58,27 +59,30 @@ def _operands(function: Callable[..., Any]) -> list[str]:
     return []
 
 
-def _reporting(function: Callable[..., Any], follow: Follow) -> Callable[..., Any]:
+def _reporting(function: Callable[..., Any], ledger: Ledger) -> Callable[..., Any]:
+    """The same function, which tells the ledger what reached it."""
     operands, signature = _operands(function), inspect.signature(function)
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        """Runs it unseen, then notes its operands and its output."""
         bound = signature.bind(*args, **kwargs).arguments
-        blind, follow.blind = follow.blind, True
+        blind, ledger.blind = ledger.blind, True
         try:
             result = function(*args, **kwargs)
         finally:
-            follow.blind = blind
+            ledger.blind = blind
         out = result[0] if isinstance(result, tuple) else result
-        if follow.blind or not isinstance(out, Tensor):
+        if ledger.blind or not isinstance(out, Tensor):
             return result
-        if len(operands) == 4:
-            z = {"z": bound["z"]} if isinstance(bound.get("z"), Tensor) else {}
-            follow.scan(out, dict(zip(("x", "dt", "B", "C"), (bound[name] for name in operands), strict=True)) | z)
-        else:
-            q, k, v = (bound[name] for name in operands)
-            others = {part: bound[name] for name, part in OTHERS.items() if isinstance(bound.get(name), Tensor)}
-            follow.attention(q, k, v, out, False, heads=-3 if "igate" in bound else -2, **others)
+        with quietly():
+            if len(operands) == 4:
+                z = {"z": bound["z"]} if isinstance(bound.get("z"), Tensor) else {}
+                ledger.scan(out, dict(zip(("x", "dt", "B", "C"), (bound[name] for name in operands), strict=True)) | z)
+            else:
+                q, k, v = (bound[name] for name in operands)
+                others = {part: bound[name] for name, part in OTHERS.items() if isinstance(bound.get(name), Tensor)}
+                ledger.attention(q, k, v, out, False, heads=-3 if "igate" in bound else -2, **others)
         return result
 
     return wrapped

@@ -100,7 +100,8 @@ class KVCache:
             Behind a row's end there are numbers without meaning: mask them (`attend` does).
         Raises SizeError: another batch, heads, dim, dtype or device than before; more than `max_length` tokens.
         """
-        return self[layer].update(k, v, new)
+        layers = self.layers
+        return (layers[layer] if 0 <= layer < len(layers) else self[layer]).update(k, v, new)
 
     def truncate(self, length: int | Sequence[int] | Tensor) -> None:
         """Keep the first `length` tokens, of every row or row by row. Nothing is moved.
@@ -167,5 +168,7 @@ class KVCache:
             cache = cls(**content["options"])
             cache.layers = [CacheLayer.from_state(state) for state in content["layers"]]
         except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, TypeError, KeyError) as error:
-            raise FormatError("not a saved KVCache", file=path, found=str(error).split("\n")[0][:200]) from error
+            foreign = isinstance(error, pickle.UnpicklingError)  # torch's own text advises to run the file's code
+            found = "other things than tensors and numbers" if foreign else str(error).split("\n")[0][:200]
+            raise FormatError("not a saved KVCache", file=path, found=found) from error
         return cache

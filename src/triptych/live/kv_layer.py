@@ -47,6 +47,8 @@ class CacheLayer:
     mark: int | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    _fits: tuple[torch.Size, torch.Size, torch.device] | None = field(default=None, init=False, repr=False)
+    """Shapes and device of the keys and values that fitted last: those of the next token are most often the same."""
 
     @property
     def length(self) -> int:
@@ -83,13 +85,20 @@ class CacheLayer:
         if not self.buffers:
             self._allocate(k, v)
         count = self._count(k, v)
-        lengths = self.lengths
+        lengths, options = self.lengths, self.options
+        if new is None and options.store is None and options.window is None and lengths.count(lengths[0]) == len(lengths):
+            own_k, own_v, length = self.buffers["k"], self.buffers["v"], lengths[0]
+            stop = length + count
+            if stop <= own_k.shape[2]:  # the usual case, without what the others need
+                own_k.narrow(2, length, count).copy_(k.detach() if k.requires_grad else k)
+                own_v.narrow(2, length, count).copy_(v.detach() if v.requires_grad else v)
+                self.lengths = (stop,) * len(lengths)
+                return own_k.narrow(2, 0, stop), own_v.narrow(2, 0, stop)
         added = _whole(new, len(lengths), count) if new is not None else None
-        first = self._first(lengths) if self.options.window is not None else 0
+        first = self._first(lengths)
         stop = max(lengths) + count
-        if self.options.max_length is not None or stop - self.start > self.buffers["k"].shape[2]:
-            self._make_room(stop)
-        if self.options.store is None:
+        self._make_room(stop)
+        if options.store is None:
             self._write("k", k)
             self._write("v", v)
         else:
@@ -134,11 +143,11 @@ class CacheLayer:
             for buffer in self.buffers.values():
                 held = buffer.narrow(2, 0, columns)
                 held[moved] = held[[order[row] for row in moved]]
-        self.lengths = tuple(self.lengths[row] for row in order)
+        self.lengths, self._fits = tuple(self.lengths[row] for row in order), None
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
-        self.lengths, self.start, self.mark, self.buffers, self.dtype = (), 0, None, {}, None
+        self.lengths, self.start, self.mark, self.buffers, self.dtype, self._fits = (), 0, None, {}, None, None
 
     def state(self) -> dict[str, Any]:
         """What `save` writes: numbers, and copies of the tokens held."""
@@ -168,6 +177,10 @@ class CacheLayer:
         if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3] or k.dtype != v.dtype or k.device != v.device:
             found = ", ".join(f"{list(tensor.shape)} {tensor.dtype} {tensor.device}" for tensor in (k, v))
             raise SizeError("keys and values do not belong together", expected="[batch, heads, tokens, dim] both", found=found)
+        if not k.shape[0]:
+            raise SizeError(
+                "a batch without rows cannot be kept", expected="[batch, heads, tokens, dim], batch at least 1", found=f"{list(k.shape)}"
+            )
         self.lengths, self.dtype = (0,) * k.shape[0], k.dtype
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in (("k", k), ("v", v)):
@@ -178,6 +191,10 @@ class CacheLayer:
 
     def _count(self, k: Tensor, v: Tensor) -> int:
         """Tokens to add. Raises SizeError when keys or values do not fit the buffers."""
+        fits, shape = self._fits, k.shape
+        same = fits is not None and shape == fits[0] and v.shape == fits[1] and k.dtype == v.dtype == self.dtype
+        if fits is not None and same and k.device == v.device == fits[2]:
+            return shape[2]
         own_k, own_v = self.buffers["k"], self.buffers["v"]
         count = k.shape[2] if k.dim() == 4 else 0
         for name, tensor, own in (("k", k, own_k), ("v", v, own_v)):
@@ -189,6 +206,7 @@ class CacheLayer:
                     expected=f"[{batch}, {heads}, {count}, {dim}] {self.dtype} {own.device}",
                     found=f"{list(tensor.shape)} {tensor.dtype} {tensor.device}",
                 )
+        self._fits = k.shape, v.shape, own_k.device
         return count
 
     def _columns(self, needed: int, now: int = 0) -> int:

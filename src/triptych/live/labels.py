@@ -1,8 +1,7 @@
-"""The labels of `follow`: int64 numbers, what they say, and the log of what was seen while they moved."""
+"""The labels of a `Ledger`: int64 numbers, what they say, and the log of what was seen while they moved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -93,17 +92,18 @@ def token(labels: Tensor) -> Tensor:
     return (labels >> TOKEN) & 0xFFFF
 
 
-def reduce(labels: Tensor, dims: Iterable[int], keep: bool) -> Tensor:
-    """The label that all elements share (a row's without its token), MIX where they differ; elements without labels do not count."""
-    dims = sorted({d % labels.dim() for d in dims})
+def rows_only(labels: Tensor) -> Tensor:
+    """Rows without their token, MIX for what else has a label."""
     rows = torch.where(labels > 0, labels & ~(((1 << 16) - 1) << TOKEN), labels)
-    rows = torch.where((labels > 0) & (kind(labels) != STRONG), MIX, rows)
-    top = torch.amax(rows, dims, keepdim=True)
-    differ = ((rows != 0) & (rows != top)).any(dim=dims[0], keepdim=True)
-    for d in dims[1:]:
-        differ = differ.any(dim=d, keepdim=True)
-    result = torch.where(differ, MIX, top)
-    if not keep:
-        for d in reversed(dims):
-            result = result.squeeze(d)
-    return result
+    return torch.where((labels > 0) & (kind(labels) != STRONG), MIX, rows)
+
+
+def distinct(pairs: Tensor) -> Tensor:
+    """[2, n] pairs, each once, in order; several times as fast as `torch.unique(pairs, dim=1)`.
+
+    >>> distinct(torch.tensor([[7, 3, 7, 3], [1, 9, 1, 2]])).tolist()
+    [[3, 3, 7], [2, 9, 1]]
+    """
+    (first, a), (second, b) = (torch.unique(side, return_inverse=True) for side in pairs)
+    codes = torch.unique(a * len(second) + b)
+    return torch.stack([first[codes // max(1, len(second))], second[codes % max(1, len(second))]])

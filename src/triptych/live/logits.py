@@ -22,9 +22,13 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import MissingExtraError, TriptychError
 from ..packed import BY_STAMP, same_rows
 from ..pieces import listed
+from ..rope import names_pairs
+from ..tensors import split
 
 BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 """Significant bits of the dtypes that outputs have."""
+ROUNDING = 16
+"""Units of the last place, in relative L2, that the same sums in another order may lie apart."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Apart:
 class Logits:
     """What running both gave. `cannot`: why they were not run; else `modules` outputs were compared on `inputs`.
 
-    `first`: the first module, in the order of execution, whose outputs are not bit for bit the same; `last`: the model's own output.
+    `first`: the first module, in the order of execution, whose outputs are not bit for bit the same; `beyond`: the first whose outputs are
+    further apart than rounding brings them, which it does where the two are run by different code; `last`: the model's own output.
     """
 
     a: str
@@ -53,6 +58,7 @@ class Logits:
     modules: int = 0
     differing: int = 0
     first: Apart | None = None
+    beyond: Apart | None = None
     last: Apart | None = None
     inputs: str = field(default="")
 
@@ -62,8 +68,8 @@ class Logits:
         return not self.cannot and self.differing == 0
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "equal": self.equal, "first": vars(self.first) if self.first else None,
-                "last": vars(self.last) if self.last else None}  # fmt: skip
+        apart = {word: vars(one) if one else None for word, one in (("first", self.first), ("beyond", self.beyond), ("last", self.last))}
+        return {**vars(self), "equal": self.equal, **apart}
 
     def __str__(self) -> str:
         if self.cannot:
@@ -71,7 +77,10 @@ class Logits:
         head = f"logits: both run on {self.inputs}; outputs of {self.modules} modules compared, {self.differing} differ"
         if self.first is None:
             return f"{head}\n  {self.last}"
-        return f"{head}\n  first    {self.first}\n  {self.last}"
+        if self.beyond == self.first:
+            return f"{head}\n  first    {self.first}\n  {self.last}"
+        beyond = f"beyond   {self.beyond}" if self.beyond else "none is further apart than rounding brings them"
+        return f"{head}\n  first    {self.first}\n  {beyond}\n  {self.last}"
 
 
 def logits(a: str | Path, b: str | Path) -> Logits:
@@ -83,32 +92,32 @@ def logits(a: str | Path, b: str | Path) -> Logits:
         import transformers  # noqa: F401
     except ImportError:
         raise MissingExtraError("transformers", "hf") from None
-    models = []
+    models, known = [], []
     for path in (a, b):
         try:
-            reason = _not_a_model(path)
-            models.append(_load(path) if not reason else None)
+            known.append(_opened(path))
+            models.append(_load(path))
         except _Unloadable as error:
-            reason = str(error)
-        if reason:
-            return Logits(str(a), str(b), f"{path} cannot be run as a model: {reason}")
-    return _compared(str(a), str(b), models)
+            return Logits(str(a), str(b), f"{path} cannot be run as a model: {error}")
+    return _compared(str(a), str(b), models, known)
 
 
 class _Unloadable(Exception):
     """transformers does not make a model of a folder, or not of all its tensors."""
 
 
-def _not_a_model(path: str | Path) -> str:
-    """Why the code of its family would not read a checkpoint rightly, or nothing."""
+def _opened(path: str | Path) -> Checkpoint:
+    """A checkpoint that the code of its family reads rightly. Raises _Unloadable."""
     try:
         checkpoint = open_checkpoint(path, {}, {})
+        config = formats.read_config(checkpoint.stored)
     except TriptychError as error:
-        return error.what
-    config = formats.read_config(checkpoint.stored)
+        raise _Unloadable(error.what) from None
     if not checkpoint.stored.is_folder or config is None:
-        return "it is no folder with a config.json"
-    return _other_layout(checkpoint, config)
+        raise _Unloadable("it is no folder with a config.json")
+    if reason := _other_layout(checkpoint, config):
+        raise _Unloadable(reason)
+    return checkpoint
 
 
 def _other_layout(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
@@ -148,6 +157,8 @@ def _load(path: str | Path) -> nn.Module:
         if told.get(key):
             raise _Unloadable(f"transformers {word} {listed(sorted(map(str, told[key])))}")
     out: nn.Module = model.eval()
+    for parameter in out.parameters():  # both models at the same alignment: kernels round as it is
+        parameter.data = parameter.data.clone()
     return out
 
 
@@ -164,10 +175,10 @@ def _quiet() -> Iterator[None]:
         root.setLevel(level)
 
 
-def _compared(a: str, b: str, models: Sequence[nn.Module | None]) -> Logits:
+def _compared(a: str, b: str, models: Sequence[nn.Module], known: Sequence[Checkpoint]) -> Logits:
     from .tiny import transformers_inputs
 
-    one, two = (model for model in models if model is not None)
+    one, two = models
     failed = ""
     with torch.random.fork_rng(devices=()), torch.no_grad():
         torch.manual_seed(0)
@@ -178,7 +189,7 @@ def _compared(a: str, b: str, models: Sequence[nn.Module | None]) -> Logits:
                 failed = f"{type(error).__name__}: {error}"[:200]
                 continue
             told = ", ".join(f"{key} {tuple(x.shape)}" for key, x in [*enumerate(args), *kwargs.items()] if isinstance(x, torch.Tensor))
-            return _told(a, b, runs, told)
+            return _told(a, b, _matched(runs, known), told)
     return Logits(a, b, f"the models take no input that is known here: {failed}")
 
 
@@ -215,13 +226,49 @@ def _tensors(result: Any) -> list[torch.Tensor]:
     return [tensor for value in values for tensor in _tensors(value)]
 
 
-def _told(a: str, b: str, runs: Sequence[dict[str, torch.Tensor]], inputs: str) -> Logits:
+Outputs = list[tuple[str, torch.Tensor, torch.Tensor]]
+
+
+def _matched(runs: Sequence[dict[str, torch.Tensor]], known: Sequence[Checkpoint]) -> Outputs:
+    """(name, output of a, output of b) by module; part by part where a projection is one module of a and several of b, or the other way."""
     one, two = runs
-    shared = [name for name, x in one.items() if name in two and two[name].shape == x.shape]
-    differing = [name for name in shared if not _same(one[name], two[name])]
-    last = _apart("output", one[""], two[""]) if "" in shared else None
-    first = _apart(differing[0] or "output", one[differing[0]], two[differing[0]]) if differing else None
-    return Logits(a, b, "", len(shared), len(differing), first, last, inputs)
+    parts = [_parts(run, checkpoint) for run, checkpoint in zip(runs, known, strict=True)]
+    out: Outputs = []
+    for name, x in one.items():
+        if name in two and two[name].shape == x.shape:
+            out.append((name, x, two[name]))
+            continue
+        for key, (module, y) in parts[0].items():
+            there, z = parts[1].get(key, ("", y))
+            if module == name and there and z.shape == y.shape:
+                out.append((f"{name} and {there}, part {key[1]}", y, z))
+    return out
+
+
+def _parts(run: dict[str, torch.Tensor], checkpoint: Checkpoint) -> dict[tuple[str, str], tuple[str, torch.Tensor]]:
+    """(home of a projection, part) -> the module that makes it, and its output [..., heads, dims] in counting order."""
+    out: dict[tuple[str, str], tuple[str, torch.Tensor]] = {}
+    for packed in checkpoint.projections:
+        for piece in packed.pieces:
+            name = piece.tensor.removesuffix(".weight")
+            module = next((key for key in run if key and (key == name or key.endswith(f".{name}") or name.endswith(f".{key}"))), None)
+            if name == piece.tensor or module is None or names_pairs(piece.layout):
+                continue
+            parts = split(run[module], piece.layout, **{axis: packed.sizes[axis] for axis in piece.layout.axes})
+            home = name.rpartition(".")[0].partition(".")[2]
+            out |= {(home, part): (module, rows) for part, rows in zip(parts.names, parts, strict=True)}
+    return out
+
+
+def _told(a: str, b: str, shared: Outputs, inputs: str) -> Logits:
+    if not shared:
+        return Logits(a, b, "no module of one has the name and the shape of one of the other")
+    differing = [(name, x, y) for name, x, y in shared if not _same(x, y)]
+    last = next((_apart("output", x, y) for name, x, y in shared if not name), None)
+    far = (_apart(name or "output", x, y) for name, x, y in differing)
+    first = next(far, None)
+    beyond = next((one for one in (first, *far) if one and one.relative > ROUNDING * 2.0 ** -BITS.get(getattr(torch, one.dtype), 64)), None)
+    return Logits(a, b, "", len(shared), len(differing), first, beyond, last, inputs)
 
 
 def _same(x: torch.Tensor, y: torch.Tensor) -> bool:

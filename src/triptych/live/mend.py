@@ -11,30 +11,38 @@ from .find import Fused
 from .reading import Fit
 
 
-def mend(side: Entry, other: Entry, part: str, fits: dict[int, Fit | None], entries: Sequence[Entry], fused: Fused) -> str:
-    """Statements after which `side` holds `part` in the layout in which `other` does; "" when that is no layout of the language."""
-    wanted = fits[other.index]
+def mend(
+    side: Entry, other: Entry | None, wanted: Fit | None, part: str, fits: dict[int, Fit | None], entries: Sequence[Entry], fused: Fused
+) -> str:
+    """Statements after which `side` holds `part` of the layout `wanted`, in which `other` has it; "" when that is no such layout."""
     if wanted is None or part not in wanted.layout.parts:
         return ""
     line = _line_up(side, entries)
     slices = [e for e in line if e.kind == "weight" and e.grid.order.tobytes() == side.grid.order.tobytes()]
     whole = [e for e in line if e.kind == "activation" and e.grid.is_rows and len(e.grid.order) == fused.rows]
+    whole = [e for e in whole if _called(e, side)]
     whole = [e for e in whole if not any(o.name[:2] == e.name[:2] and o.index > e.index for o in whole)]  # still bound
-    if side.kind != "activation" or not (side.whole or fused.kind == "activation"):
+    if side.kind != "activation" or not (side.whole or fused.kind != "weight"):
         return "\n".join(_weight_lines(side, part, wanted, slices, line, entries, fused))
     flat = [e for e in whole if e.grid.axes == (len(e.shape) - 1,)]
     tail = [e for e in whole if e.grid.axes == tuple(range(len(e.shape) - len(e.grid.axes), len(e.shape)))]
     if flat:
-        source = flat[0].name.text
+        source = _called(flat[0], side)
     elif tail:
-        source = f"{tail[0].name.text}.flatten({-len(tail[0].grid.axes)})"
+        source = f"{_called(tail[0], side)}.flatten({-len(tail[0].grid.axes)})"
     else:
-        source = fused.weight_text if fused.kind == "activation" else "qkv"
-    like = other if fits[side.index] is None and side.shape == other.shape else side
+        source = fused.weight_text if fused.kind != "weight" else "qkv"
+    like = other if other is not None and fits[side.index] is None and side.shape == other.shape else side
     lines = _activation_lines(side, like, part, wanted, source, fits, entries)
     if source == "qkv" and not flat:
-        lines.insert(0, f"# qkv: what {fused.weight_text.removesuffix('.weight')} returned")
+        module = fused.weight_text.removesuffix(".weight")
+        lines.insert(0, f"# qkv: what {module} returned" if module != fused.weight_text else f"# qkv: the product with {module}")
     return "\n".join(lines)
+
+
+def _called(entry: Entry, side: Entry) -> str:
+    """The name of a tensor in the function of `side`; "" when it has none there."""
+    return next((name.text for name in entry.names if name[1:3] == side.name[1:3]), "")
 
 
 def _line_up(entry: Entry, entries: Sequence[Entry]) -> list[Entry]:
@@ -79,7 +87,7 @@ def _activation_lines(
     """Reads the fused activation; the parts that the user took in the same statement are read with it."""
     names = variables(wanted.layout)
     fit = fits.get(side.index)
-    told = {part: side.name.text}
+    told = {part: side.name.text} if side.name.text.isidentifier() and side.name.text != "returned" else {part: names[part]}
     for other in entries:
         found = fits.get(other.index)
         if found and fit and other.name[1:] == side.name[1:] and found.layout == fit.layout and other.name.text.isidentifier():
@@ -102,4 +110,6 @@ def _turned(like: Entry, name: str, wanted: Fit) -> list[str]:
         return [f"{name} = {name}.unflatten(-2, ({shape[0]}, {shape[1]}))"]
     if len(axes) == 2 and shape == wanted.shape and axes[1] == n - 1 and axes[0] != n - 2:
         return [f"{name} = {name}.transpose({axes[0] - n}, -2)" if axes[0] == n - 3 else f"{name} = {name}.movedim(-2, {axes[0]})"]
+    if len(axes) == 2 and axes != (n - 2, n - 1):
+        return [f"# its heads and dims are its last axes; yours were axes {axes[0]} and {axes[1]}"]
     return []

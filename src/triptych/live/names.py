@@ -95,6 +95,7 @@ class Names:
 
     def _follow(self, scope: Scope, theirs: Tracer | None) -> Tracer:
         def local(frame: FrameType, event: str, arg: Any) -> Tracer:
+            """Called before each line of a user's function and at its end: what the line before bound is reported as that line's."""
             nonlocal theirs
             if theirs is not None:
                 theirs = theirs(frame, event, arg) or theirs

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from ..errors import TraceError
 from ..layout import Layout
 from ..sizes import Sizes
-from . import intercept
 from .fit import fit
-from .follow import Follow
+from .follow import Follow, Still
 from .inputs import Call, inputs_of
+from .intercept import recurrences
 from .labels import Log
+from .ledger import Ledger
+from .places import Columns, Place, Table, rotary
 from .products import reader
-from .roles import Columns, Place, Table, rotary
+from .watch import Watch
 
 NO_SIZES = Sizes({})
 LATENT = ("h (k dn|v dv)",)
@@ -34,7 +36,8 @@ STATE_SPACE = ("z h d|x h d|B g s|C g s|dt h", "x h d|B g s|C g s", "dt rank|B s
 class Probed:
     """One projection as executed. `layout` is None when no expression says what was seen, and `note` then says why.
 
-    `rotary`: "half", "interleaved", "partial half: first 16 of 64 dims", or None when its rows are not rotated.
+    `rotary`: "half", "interleaved", "partial half: first 16 of 64 dims", or None when its rows are not rotated; "half or interleaved" for
+        2 dims, of which both orders are the same.
     """
 
     layout: Layout | None
@@ -170,31 +173,31 @@ def _numbered(owners: Mapping[str, Tensor]) -> dict[int, int]:
 
 def _run(model: nn.Module, calls: list[Call], first: Mapping[int, int], still: bool) -> Log:
     """The log of the first call that runs. Models and attention modules inside that it does not reach run by themselves."""
-    follow, failed = _called(model, calls, first, still)
+    ledger, failed = _called(model, calls, first, still)
     for part in _inside(model):
-        reached = follow is not None and any(first.get(p.untyped_storage()._cdata) in follow.log.contracted for p in part.parameters())
+        reached = ledger is not None and any(first.get(p.untyped_storage()._cdata) in ledger.log.contracted for p in part.parameters())
         if not reached:
-            own, error = _called(part, inputs_of(part), first, still, follow)
-            follow, failed = own or follow, failed or error
-    if follow is None:
+            own, error = _called(part, inputs_of(part), first, still, ledger)
+            ledger, failed = own or ledger, failed or error
+    if ledger is None:
         what = f"{type(failed).__name__}: {failed}" if failed is not None else "nobody knows what to call it with"
         raise TraceError(
             "the model cannot be run", where=type(model).__name__, found=what[:300], try_="tt.probe(model, *inputs)"
         ) from failed
-    return follow.log
+    return ledger.log
 
 
 def _called(
-    model: nn.Module, calls: list[Call], first: Mapping[int, int], still: bool, follow: Follow | None = None
-) -> tuple[Follow | None, Exception | None]:
-    """The mode after the first call that runs (the given one goes on), or None and what the first call raised."""
+    model: nn.Module, calls: list[Call], first: Mapping[int, int], still: bool, ledger: Ledger | None = None
+) -> tuple[Ledger | None, Exception | None]:
+    """The ledger after the first call that runs (the given one goes on), or None and what the first call raised."""
     failed: Exception | None = None
     for args, kwargs in calls:
-        mode = follow or Follow(first, still)
+        notes = ledger or Ledger(first)
         try:
-            with torch.no_grad(), intercept.recurrences(model, mode), mode:
+            with torch.no_grad(), recurrences(model, notes), Watch(Follow(notes)), Still() if still else contextlib.nullcontext():
                 model(*copy.copy(args), **copy.copy(kwargs))
-            return mode, None
+            return notes, None
         except Exception as error:  # whatever the model's own code raises
             failed = failed or error
     return None, failed

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .labels import Log, row
-from .roles import Place, Reader
+from .labels import Log, distinct, row
+from .places import Place
+from .roles import Reader
 
 Pairs = dict[tuple[str, str], list[tuple[int, int]]]
 """(parameter, parameter) -> the elements that meet, each pair once in either order, in the order of the run."""
@@ -26,7 +27,7 @@ def reader(log: Log, places: Sequence[Place]) -> Reader:
 def _pairs(found: Reader) -> Pairs:
     pairs: Pairs = {}
     for both in (*found.log.products, *found.log.spread):
-        elements = torch.unique(torch.stack([row(both[0]), row(both[1])]), dim=1).numpy()
+        elements = distinct(torch.stack([row(both[0]), row(both[1])])).numpy()
         owners = np.searchsorted(found.starts, elements, side="right") - 1
         for a, b in np.unique(owners, axis=1).T.tolist():
             names = found.places[a].name, found.places[b].name

@@ -57,24 +57,24 @@ def project(
     """
     weight, bias = _weights(module)
     try:
-        rows = _PREPARED[module][(part, layout, *sizes.items())]
+        rows = _PREPARED[module][(part, layout, *sizes.items()) if sizes else (part, layout)]
     except (KeyError, TypeError):
         rows = _rows(module, part, layout, model, sizes)
     if weight.shape != rows.shape:
         forget(module)
         rows = _rows(module, part, layout, model, sizes)
-    shape = x.shape[:-1]
-    if x.shape[-1] != rows.width:
-        raise SizeError("the input does not fit the projection", expected=f"[..., {rows.width}]", found=tuple(x.shape))
+    shape = x.shape
+    if shape[-1] != rows.width:
+        raise SizeError("the input does not fit the projection", expected=f"[..., {rows.width}]", found=tuple(shape))
     out = F.linear(x, *rows.tensors(weight, bias))
     if isinstance(part, str):
-        return out.view(*shape, *rows.cuts[0])
-    parts = []
-    first = 0
-    for heads, dims in rows.cuts:
-        parts.append(out.narrow(-1, first, heads * dims).view(*shape, heads, dims))
-        first += heads * dims
-    return tuple(parts)
+        return out.view(*shape[:-1], *rows.cuts[0])
+    dims = rows.cuts[0][1]
+    if all(cut[1] == dims for cut in rows.cuts):
+        heads = [cut[0] for cut in rows.cuts]
+        return tuple(out.view(*shape[:-1], sum(heads), dims).split_with_sizes(heads, -2))
+    parts = out.split_with_sizes([heads * dims for heads, dims in rows.cuts], -1)
+    return tuple(one.view(*shape[:-1], *cut) for one, cut in zip(parts, rows.cuts, strict=True))
 
 
 def forget(module: nn.Module) -> None:
@@ -108,20 +108,17 @@ class _Rows:
 
     cuts: tuple[tuple[int, int], ...]
     index: Tensor  # row numbers
-    run: tuple[int, int] | None  # (first, count) when they follow each other
+    run: slice | None  # when they follow each other
     shape: torch.Size  # of the weight
     turned: bool  # it is [in, rows]
+    width: int  # of the input
     copy: tuple[Tensor, Tensor | None] | None = None
     stamps: tuple[_Stamp, ...] = ()
-
-    @property
-    def width(self) -> int:
-        return self.shape[0 if self.turned else 1]
 
     def tensors(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """weight [rows, in] and bias [rows] of these parts."""
         if self.run is not None and not self.turned:
-            return weight.narrow(0, *self.run), bias.narrow(0, *self.run) if bias is not None else None
+            return weight[self.run], bias[self.run] if bias is not None else None  # a slice takes less time than `narrow`
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             return self._taken(weight, bias)
         both = (weight,) if bias is None else (weight, bias)
@@ -153,9 +150,13 @@ def _rows(module: nn.Module, part: str | tuple[str, ...], layout: Known, model: 
     """The prepared rows, made at the first call with these words."""
     kept = _PREPARED.setdefault(module, {})
     names = (part,) if isinstance(part, str) else tuple(part)
+    if not names:
+        raise LayoutError("no part is asked for", expected='"q", or several: ("k", "v")', found="none")
     key = (part if isinstance(part, str) else names, layout, *sizes.items())
     turned = _turned(module)
     shape = _weights(module)[0].shape
+    if key in kept and kept[key].shape == shape:  # asked for by a list, which is no key
+        return kept[key]
     known: Any = layout if layout is not None else _found(module, model)
     if isinstance(known, (Layout, str)):
         value = Layout(known)
@@ -174,8 +175,9 @@ def _rows(module: nn.Module, part: str | tuple[str, ...], layout: Known, model: 
         grid = torch.cat([torch.from_numpy(piece.rows()) for piece in found], 1)
         index += grid.flatten().tolist()
         cuts.append((grid.shape[0], grid.shape[1]))
-    together = index == list(range(index[0], index[0] + len(index)))
-    kept[key] = _Rows(tuple(cuts), torch.tensor(index), (index[0], len(index)) if together else None, shape, turned)
+    stop = index[0] + len(index)
+    run = slice(index[0], stop) if index == list(range(index[0], stop)) else None
+    kept[key] = _Rows(tuple(cuts), torch.tensor(index), run, shape, turned, shape[0 if turned else 1])
     return kept[key]
 
 
@@ -196,7 +198,12 @@ def _turned(module: nn.Module) -> bool:
 
 def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """weight and bias, without the slow way of `nn.Module` where they are plain parameters."""
-    own: Any = module._parameters
+    try:
+        own: Any = module._parameters
+    except AttributeError:
+        raise LayoutError(
+            "rows are taken from a module", expected="an nn.Linear or a transformers Conv1D", found=type(module).__name__
+        ) from None
     try:
         return own["weight"], own["bias"]
     except KeyError:

@@ -39,6 +39,10 @@ def prune_heads_(model: nn.Module, heads: Mapping[str | int, Iterable[int]], *ar
         for them does not fit any more. A config that a pruned attention reads becomes a copy of its own; the model's stays as it was.
     Raises PlanError: there are no such heads, what would be left is no attention, or the model cannot do without them; nothing is changed.
     """
+    if not isinstance(heads, Mapping):
+        raise PlanError(
+            "heads are given by layer", expected="a mapping such as {0: [1, 5]}, by number or module name", found=type(heads).__name__
+        )
     layers = Layers(anatomy(model, *args, **kwargs))
     plans = [_plan(layers[name], gone) for name, numbers in heads.items() if (gone := set(numbers))]
     calls = [(args, kwargs)] if args or kwargs else inputs_of(model)

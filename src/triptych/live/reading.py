@@ -117,7 +117,7 @@ class Reader:
     """Knows the layouts that could be meant at the sizes that best explain all tensors of a trace.
 
     Args: total: rows of the fused tensor. held: what its tensors hold. hints: sizes that the module names, as far as it does.
-        truth: the layout that is known to be right; `truth_fits` tells whether it does at any of these sizes.
+        truth: the layout that is known to be right; `truth_sizes` are those at which it fits, if any.
     """
 
     def __init__(self, total: int, held: Sequence[Held], hints: Mapping[str, int], truth: Layout | None) -> None:
@@ -125,13 +125,14 @@ class Reader:
         self._table: dict[_Key, list[Fit]] = {}
         wanted = [one for one in _distinct(held) if one.grid.is_rows and 0 < len(one.grid.order) < total]
         best, most = 0.0, sum(1.0 for one in wanted if one.roles)
-        self.truth_fits = False
+        self.truth_sizes: Sizes | None = None
         for found in itertools.islice(_sizings(total, [one.grid for one in wanted], hints, truth), MAX_SIZINGS):
-            self.truth_fits = self.truth_fits or any(candidate.layout == truth for candidate in found)
+            sized = next((candidate.sizes for candidate in found if candidate.layout == truth), None)
+            self.truth_sizes = self.truth_sizes or sized
             table = dict(_fits(found, [one.grid for one in wanted]))
             score = sum(_worth(one, table.get(_key(one.grid), [])) for one in wanted)
             if score > best:
-                best, self._table = score, table
+                best, self._table, self.truth_sizes = score, table, sized or self.truth_sizes
             if best >= most > 0:
                 break
         self._roles: dict[bytes, set[str]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import catalog
-from ..errors import printable
+from ..errors import cut, printable
 from ..layout import Layout
 
 WIDTH = 80
@@ -92,7 +93,8 @@ class Report:
     """What `trace` saw. `result` is what the function returned, `error` the exception that it raised instead.
 
     `findings` are biases that were added to rows of another number, with the line. `truth` is the layout known to be right, and
-    `truth_source` who says so; `misread` names tensors that are named for a part but hold that of another layout.
+    `truth_source` who says so; `misread` names tensors that are taken for a part but hold that of another layout, `misread_fix` are the
+    lines that mend them.
     """
 
     function: str
@@ -108,6 +110,7 @@ class Report:
     truth: Layout | None = None
     truth_source: str = ""
     misread: tuple[str, ...] = ()
+    misread_fix: str = ""
 
     def __str__(self) -> str:
         return printable("\n".join(line.rstrip() for line in (*self._head(), "", *self._table(), *self._verdict())))
@@ -127,6 +130,7 @@ class Report:
             "truth": str(self.truth) if self.truth else None,
             "truth_source": self.truth_source,
             "misread": list(self.misread),
+            "misread_fix": self.misread_fix,
         }
 
     def _head(self) -> Iterator[str]:
@@ -134,7 +138,7 @@ class Report:
         if self.error is not None:
             first = (str(self.error).splitlines() or [""])[0]
             line = f" on line {self.error_line}" if self.error_line else ""
-            yield _cut(f"it stopped{line}: {type(self.error).__name__}{': ' if first else ''}{first}")
+            yield from _wrapped(cut(f"it stopped{line}: {type(self.error).__name__}{': ' if first else ''}{first}", 4 * WIDTH))
 
     def _table(self) -> Iterator[str]:
         groups = [list(group) for _, group in itertools.groupby(self.tensors, key=_alike)]
@@ -159,11 +163,12 @@ class Report:
         same = "hold its rows in another order:" if first.common == first.rows else f"share {first.common} of {first.rows} rows:"
         yield _cut(f"{first.a} and {first.b} are both taken for {first.part}, but {same}")
         width = max(len(first.a), len(first.b))
+        line_a, line_b = (f"line {line}" if line else "" for line in (first.line_a, first.line_b))
         for name, line, layout, note in (
-            (first.a, first.line_a, first.layout_a, first.note_a),
-            (first.b, first.line_b, first.layout_b, first.note_b),
+            (first.a, line_a, first.layout_a, first.note_a),
+            (first.b, line_b, first.layout_b, first.note_b),
         ):
-            lead = f"  {name:<{width}}  line {line}  "
+            lead = f"  {name:<{width}}  {line:<{max(len(line_a), len(line_b))}}  "
             yield _cut(f"{lead}{layout or 'no layout'}{_who(layout)}")
             yield _cut(" " * len(lead) + note)
         if more:
@@ -173,7 +178,7 @@ class Report:
         if first.wrong == "a":
             sides.reverse()
         if first.wrong:
-            yield _cut(f"{self.truth} is right: {self.truth_source}.")
+            yield from _wrapped(f"{self.truth} is right: {self.truth_source}.")
         for layout, names, fixes, side in sides:
             fix = list(dict.fromkeys(line for text in fixes for line in text.splitlines()))
             if fix and first.wrong == side:
@@ -197,10 +202,12 @@ class Report:
         if not self.tensors:
             yield "No tensor with a name holds rows of it."
         elif self.misread:
-            yield _cut(f"{self.truth} is right: {self.truth_source}.")
-            yield _cut(f"But {'; '.join(self.misread)}.")
+            yield from _wrapped(f"{self.truth} is right: {self.truth_source}.")
+            yield from _wrapped(f"But {'; '.join(self.misread)}." + (" Mend:" if self.misread_fix else ""))
+            yield from (f"    {line}" for line in self.misread_fix.splitlines())
         else:
-            yield _cut("No conflicts." + (f" {self.truth} is right: {self.truth_source}." if self.truth else ""))
+            fits = self.truth is not None and not any(finding.startswith(f"{self.truth} fits") for finding in self.findings)
+            yield from _wrapped("No conflicts." + (f" {self.truth} is right: {self.truth_source}." if fits else ""))
 
     def _repr_html_(self) -> str:
         lines = (_table_line(list(group)) for _, group in itertools.groupby(self.tensors, key=_alike))
@@ -234,6 +241,11 @@ def _table_line(group: list[TracedTensor]) -> tuple[str, str, str, str]:
 def _who(layout: Layout | None) -> str:
     who = next((entry.who for entry in catalog.entries() if entry.layout == layout), "")
     return f"   as {who}" if who and not who.startswith("nobody") else f"   {who}" if who else ""
+
+
+def _wrapped(text: str) -> Iterator[str]:
+    """Over as many lines as it takes: what a person needs whole, such as a source or an exception."""
+    return iter(textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
 def _cut(line: str) -> str:

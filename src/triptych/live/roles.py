@@ -6,98 +6,14 @@ import bisect
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from ..layout import Row
-from .labels import ACTIVE, Attention, Log, Scan, row, token
-
-Labels = NDArray[np.int64]
-Roles = dict[str, tuple[int, int]]
-"""part -> (head, dim) of one row."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A parameter: its name, shape, the number of its first element, and the axis over which a product sums (None in a convolution).
-
-    Of a stack of experts [E, ...] the rows of one are told, whichever was called.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    first: int
-    summed: int | None
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        """The axes that number the rows."""
-        if self.summed is None:
-            return (0,)
-        axes = tuple(axis for axis in range(len(self.shape)) if axis != self.summed)
-        return axes[-1:] if len(self.shape) == 3 and self.summed > 0 else axes
-
-    @property
-    def rows(self) -> int:
-        return math.prod(self.shape[axis] for axis in self.kept)
-
-    def row(self, element: int) -> int:
-        """The row on which an element lies."""
-        return int(self.rows_of(np.array([element]))[0])
-
-    def rows_of(self, elements: Labels) -> Labels:
-        """[n] rows of [n] elements."""
-        at = np.unravel_index(elements - self.first, self.shape)
-        number = np.zeros(len(elements), np.int64)
-        for axis in self.kept:
-            number = number * self.shape[axis] + at[axis]
-        return number
-
-
-@dataclass
-class Table:
-    """The roles of the rows of one parameter, and what was in doubt.
-
-    `latent`: it makes keys of MLA. `chooses`: its scores weigh no values.
-    """
-
-    place: Place
-    roles: dict[int, Roles] = field(default_factory=dict)
-    doubts: set[str] = field(default_factory=set)
-    latent: bool = False
-    chooses: bool = False
-
-    def add(self, number: int, part: str, head: int, dim: int) -> None:
-        known = self.roles.setdefault(number, {}).setdefault(part, (head, dim))
-        if known != (head, dim):
-            self.doubts.add(f"{part} rows are read in two ways")
-
-    def listing(self) -> list[Row] | None:
-        """One `Row` a row, a row in two roles named `k=v`; None when rows have no role or two places."""
-        out = []
-        for number in range(self.place.rows):
-            roles = self.roles.get(number)
-            if not roles or len(set(roles.values())) != 1:
-                return None
-            head, dim = next(iter(roles.values()))
-            out.append(Row("=".join(sorted(roles, key="qkv".find)), head, dim))
-        return out
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A parameter that multiplies the output of an attention: (head, dim) of every line of its `axis`.
-
-    `queries`: the parameter that makes the queries of that attention.
-    """
-
-    queries: str
-    axis: int | None
-    places: list[tuple[int, int]]
+from .labels import ACTIVE, Attention, Log, Scan, distinct, row, token
+from .places import Columns, Labels, Place, Roles, Table
+from .vectors import Vectors, in_batches, numbered
 
 
 class Reader:
@@ -140,31 +56,28 @@ class Reader:
 
     def _attention(self, number: int, seen: Attention) -> None:
         assert seen.v is not None and seen.q_of is not None and seen.k_of is not None and seen.pairs is not None
-        q, k, v = (_Vectors(x) for x in (seen.q, seen.k, seen.v))
+        q, k, v = (Vectors(x) for x in (seen.q, seen.k, seen.v))
         if q.by_channel and k.by_channel and not seen.softmax:
             return
         if not (q.heads and k.heads and v.heads):
             return
+        kv_of = _served(q, k, seen.pairs)
+        if not kv_of and len(k.heads) > 1:  # keys of several parameters, as of a summary beside the tokens: the first one tells
+            owners = [{self.place(element).name for element in head} for head in k.heads]
+            k.keep([owner == owners[0] for owner in owners])
+            kv_of = _served(q, k, seen.pairs)
+            if not kv_of:
+                return
+            met = {v.head_of[i] for i, b in enumerate(seen.k_of.flatten().tolist()) if 0 <= b < len(k.head_of) and k.head_of[b] >= 0}
+            v.keep([head in met for head in range(len(v.heads))])
         self._straighten(q, k)
         of_q, of_k, of_v = q.head_of, k.head_of, v.head_of
-        met = Counter(
-            (of_q[a], of_k[b])
-            for a, b in {*map(tuple, seen.pairs.T.tolist())}
-            if a < len(of_q) and b < len(of_k) and of_q[a] >= 0 and of_k[b] >= 0
-        )
-        kv_of: dict[int, int] = {}
-        for (a, b), _ in met.items():
-            if kv_of.setdefault(a, b) != b:
-                kv_of = {}
-                break
-        if not kv_of and len(k.heads) > 1:
-            return
-        q_numbers = _numbered([kv_of.get(i, 0) for i in range(len(q.heads))])
+        q_numbers = numbered([kv_of.get(i, 0) for i in range(len(q.heads))])
         met_v: dict[int, int] = {}
         for i, b in enumerate(seen.k_of.flatten().tolist()):
             if 0 <= b < len(of_k) and i < len(of_v) and of_v[i] >= 0 and of_k[b] >= 0:
                 met_v.setdefault(of_v[i], of_k[b])
-        v_numbers = _numbered([met_v.get(i, i) for i in range(len(v.heads))])
+        v_numbers = numbered([met_v.get(i, i) for i in range(len(v.heads))])
         of_out, out_numbers = (of_v, v_numbers) if seen.recurrent else (of_q, q_numbers)
         self.heads_of_out[number] = {i: out_numbers[h] for i, h in enumerate(of_out) if h >= 0}
         self.queries[number] = self.place(q.heads[0][0]).name
@@ -182,26 +95,24 @@ class Reader:
 
     def _choice(self, seen: Attention) -> None:
         """Scores that weigh no values: of a pointer, or of an indexer that chooses what to attend to, with many queries to a key."""
-        q, k = _Vectors(seen.q), _Vectors(seen.k)
+        q, k = Vectors(seen.q), Vectors(seen.k)
         if q.by_channel or k.by_channel or not (q.heads and k.heads):
             return
         q_labels, k_labels = seen.q, seen.k
         if len(k.heads) > len(q.heads):
             q, k, q_labels, k_labels = k, q, k_labels, q_labels
         owners = {self.place(element).name for head in (*q.heads, *k.heads) for element in head}
-        met = {
-            (a, b) for ours, theirs in zip(_in_batches(q, q_labels), _in_batches(k, k_labels), strict=True) for a in ours for b in theirs
-        }
+        met = {(a, b) for ours, theirs in zip(in_batches(q, q_labels), in_batches(k, k_labels), strict=True) for a in ours for b in theirs}
         kv_of = dict(met)
         if owners & self.tables.keys() or len(kv_of) != len(met):
             return
         self._straighten(q, k)
-        self._enter("q", q, _numbered([kv_of.get(i, 0) for i in range(len(q.heads))]), None)
+        self._enter("q", q, numbered([kv_of.get(i, 0) for i in range(len(q.heads))]), None)
         self._enter("k", k, list(range(len(k.heads))), None)
         for name in owners:
             self.tables[name].chooses = True
 
-    def _straighten(self, q: _Vectors, k: _Vectors) -> None:
+    def _straighten(self, q: Vectors, k: Vectors) -> None:
         """Numbers the dims of q and k in the order of their rows, when one order does so for every head of both.
 
         Scores do not change when the dims of q and k are moved alike, as some code does before it rotates.
@@ -225,14 +136,14 @@ class Reader:
                 order[slot] = i
         return order
 
-    def _names_of_split(self, k: _Vectors) -> list[str] | None:
+    def _names_of_split(self, k: Vectors) -> list[str] | None:
         """MLA: keys put together from a part per head and one shared by all; the name of each dim's part, or None."""
         owners = [self.place(element).name for element in k.heads[0]]
         if len(set(owners)) < 2 or len(k.heads) < 2:
             return None
         return ["rope" if k.heads[0][i] == k.heads[1][i] else "nope" for i in range(len(owners))]
 
-    def _enter(self, part: str, vectors: _Vectors, numbers: Sequence[int], split: list[str] | None) -> None:
+    def _enter(self, part: str, vectors: Vectors, numbers: Sequence[int], split: list[str] | None) -> None:
         shared = Counter(element for head in vectors.heads for element in set(head))
         offset: dict[tuple[str, str], int] = {}
         for head, elements in zip(numbers, vectors.heads, strict=True):
@@ -352,8 +263,8 @@ class Reader:
         for both in self.log.products:
             pairs = both[:, (token(both[0]) == token(both[1])) & (((both[0] ^ both[1]) & ACTIVE) != 0)]
             first = (pairs[0] & ACTIVE) != 0
-            units: Labels = torch.unique(
-                torch.stack([row(torch.where(first, pairs[0], pairs[1])), row(torch.where(first, pairs[1], pairs[0]))]), dim=1
+            units: Labels = distinct(
+                torch.stack([row(torch.where(first, pairs[0], pairs[1])), row(torch.where(first, pairs[1], pairs[0]))])
             ).numpy()
             owners = np.searchsorted(self.starts, units, side="right") - 1
             for owner in np.unique(owners[0, owners[0] == owners[1]]):
@@ -374,7 +285,7 @@ class Reader:
         convolved = {int(channel) for channels, _ in self.log.mixed.values() for channel in channels.tolist()}
         units: dict[str, list[dict[int, int]]] = {}
         for both in self.log.products:
-            rows = torch.unique(torch.stack([row(both[0]), row(both[1])]), dim=1).tolist()
+            rows = distinct(torch.stack([row(both[0]), row(both[1])])).tolist()
             place = self.place(rows[0][0])
             if place.name not in self.tables and all(self.place(element) is place for side in rows for element in side):
                 units.setdefault(place.name, []).append(dict(zip(*rows, strict=True)))
@@ -382,8 +293,8 @@ class Reader:
             for inner, outer in itertools.pairwise(units.get(place.name, [])):
                 meets = outer if set(outer.values()) == set(inner) else {b: a for a, b in outer.items()}
                 gates = {inside: outside for outside, inside in meets.items()}
-                rows = {*inner, *inner.values(), *gates.values()}
-                if set(gates) == set(inner) <= convolved and len(inner) * 3 == place.rows == len(rows) and place.name not in self.tables:
+                members = {*inner, *inner.values(), *gates.values()}
+                if set(gates) == set(inner) <= convolved and len(inner) * 3 == place.rows == len(members) and place.name not in self.tables:
                     table = self.table(place)
                     table.doubts.add("in_gate and x are named by their order in a product")
                     for dim, inside in enumerate(sorted(inner)):
@@ -393,7 +304,7 @@ class Reader:
     def _biases(self) -> None:
         """A bias beside a weight must add to the rows of its own numbers."""
         for pairs in self.log.biases:
-            rows, biases = torch.unique(pairs, dim=1).numpy()
+            rows, biases = distinct(pairs).numpy()
             of_row, of_bias = (np.searchsorted(self.starts, side, side="right") - 1 for side in (rows, biases))
             for w, b in {*zip(of_row.tolist(), of_bias.tolist(), strict=True)}:
                 weight, bias = self.places[w], self.places[b]
@@ -405,80 +316,11 @@ class Reader:
                     table.doubts.add("the bias is added to other rows than the weight's of the same number")
 
 
-class _Vectors:
-    """The distinct vectors of rows in an operand [b, n, d]: `heads` in order of appearance; `head_of` each vector, -1 for none.
-
-    An operand that is multiplied along tokens holds one row along its last axis; its vectors then lie along n (`by_channel`).
-    """
-
-    def __init__(self, labels: torch.Tensor) -> None:
-        rows: Labels = row(labels).numpy()
-        b, n, d = rows.shape
-        pure = (rows >= 0).all(2)
-        self.by_channel = bool(n > 1 and d > 1 and pure.any() and (rows[pure] == rows[pure][:, :1]).all())
-        count = n
-        if self.by_channel:
-            rows = rows.transpose(0, 2, 1)
-            pure = (rows >= 0).all(2)
-            count = d
-        flat, good = rows.reshape(b * count, -1), pure.reshape(-1)
-        self.heads: list[tuple[int, ...]] = []
-        numbers: dict[tuple[int, ...], int] = {}
-        head_of = []
-        for vector, fine in zip(flat.tolist(), good.tolist(), strict=True):
-            key = tuple(vector)
-            if fine and key not in numbers and len(set(key)) == len(key):
-                numbers[key] = len(self.heads)
-                self.heads.append(key)
-            head_of.append(numbers.get(key, -1) if fine else -1)
-        self.head_of = head_of if not self.by_channel else [head_of[i // n * d] for i in range(b * n)]
-
-
-def _in_batches(vectors: _Vectors, labels: torch.Tensor) -> list[set[int]]:
-    """The heads in each batch of an operand [b, n, d]."""
-    n = labels.shape[1]
-    return [{head for head in vectors.head_of[i : i + n] if head >= 0} for i in range(0, len(vectors.head_of), n)]
-
-
-def _numbered(groups: Sequence[int]) -> list[int]:
-    """Head numbers of query heads that belong to the kv heads `groups`: kv head by kv head, each in order of appearance."""
-    numbers = [0] * len(groups)
-    for place, i in enumerate(sorted(range(len(groups)), key=lambda i: groups[i])):
-        numbers[i] = place
-    return numbers
-
-
-def rotary(table: Table, partners: Mapping[int, Iterable[int]]) -> str | None:
-    """The order of the rotary pairs among the q, k or rope rows of a parameter; None when none is turned."""
-    found: set[tuple[int, int, int]] = set()
-    size = 0
-    for number, roles in table.roles.items():
-        part = next((p for p in ("q", "k", "rope") if p in roles), None)
-        if part is None:
-            continue
-        head, dim = roles[part]
-        size = max(size, dim + 1)
-        for partner in partners.get(number, ()):
-            other = table.roles.get(partner, {}).get(part)
-            if other is not None and other[0] == head:
-                found.add((head, dim, other[1]))
-    if not found:
-        return None
-    turned = sorted({dim for _, dim, _ in found})
-    pairs = {(a, b) for _, a, b in found}
-    first, count = turned[0], len(turned)
-    if turned != list(range(first, first + count)):
-        order = "mixed"
-    elif pairs == {(i, first + (i - first ^ 1)) for i in turned}:
-        order = "interleaved"
-    elif pairs == {(i, first + (i - first + count // 2) % count) for i in turned}:
-        order = "half"
-    else:
-        order = "mixed"
-    if count == size:
-        return order
-    end = "first" if first == 0 else "last" if first + count == size else f"dims {first} to {first + count - 1},"
-    return f"partial {order}: {end} {count} of {size} dims"
-
-
-__all__ = ["Columns", "Place", "Reader", "Roles", "Table", "rotary"]
+def _served(q: Vectors, k: Vectors, pairs: torch.Tensor) -> dict[int, int]:
+    """Query head -> the one kv head that it meets; empty when some head meets several."""
+    kv_of: dict[int, int] = {}
+    for i, j in {*map(tuple, pairs.T.tolist())}:
+        a, b = (heads[n] if n < len(heads) else -1 for n, heads in ((i, q.head_of), (j, k.head_of)))
+        if a >= 0 and b >= 0 and kv_of.setdefault(a, b) != b:
+            return {}
+    return kv_of

@@ -88,7 +88,8 @@ def rotary_of(layout: Layout, sizes: Sizes, order: str | bool | None = None, bas
     """The rotation of q and k; None for none.
 
     Args: order: None for what the layout says: `c` and `p` in q or k, and those dims turn (see `Rotary`). False for none. "half" or
-        "interleaved" turns all dims of a head; "partial half: first 16 of 64 dims" only those: the words of `probe`.
+        "interleaved" turns all dims of a head; "partial half: first 16 of 64 dims" only those: the words of `probe`, which says
+        "half or interleaved" of 2 dims, where both are the same.
     Raises LayoutError: q and k disagree, or `order` says something else than the layout.
 
     >>> from ..sizes import bind
@@ -118,7 +119,7 @@ def rotary_of(layout: Layout, sizes: Sizes, order: str | bool | None = None, bas
     return told
 
 
-_WORDS = re.compile(r"(?:partial )?(half|interleaved)(?:: (first|last|dims (\d+) to \d+,) (\d+) of (\d+) dims)?")
+_WORDS = re.compile(r"(?:partial )?(half|interleaved|half or interleaved)(?:: (first|last|dims (\d+) to \d+,) (\d+) of (\d+) dims)?")
 
 
 def _told(order: str, dims: int, base: float) -> Rotary:
@@ -128,10 +129,14 @@ def _told(order: str, dims: int, base: float) -> Rotary:
         expected = f"'half', 'interleaved', 'partial half: first N of {dims} dims', False, or None as the layout says"
         raise LayoutError("no such rotary order", expected=expected, found=repr(order))
     count = int(words[4] or dims)
+    if " or " in words[1] and count != 2:
+        raise LayoutError(
+            "the two rotary orders are the same for 2 dims alone", expected="half or interleaved, one of them", found=repr(order)
+        )
     first = int(words[3]) if words[3] else dims - count if words[2] == "last" else 0
     if count % 2 or first + count > dims:
         raise LayoutError("dims turn in pairs", found=f"{count} of {dims} dims a head")
-    return Rotary(first, count // 2, "half" if words[1] == "half" else "interleaved", base)
+    return Rotary(first, count // 2, "interleaved" if words[1] == "interleaved" else "half", base)
 
 
 def _turning(part: tuple[Part, ...]) -> tuple[tuple[int, int], ...]:

@@ -6,11 +6,6 @@ repeated on the labels; a linear map takes the label its weight has all along th
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import lru_cache
-from types import MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .marks import Marks, marks_of, packed
-from .rules import Call, mixed, nothing, rule_for, tensors_in
+from .rules import RULES, mixed, nothing
+from .watch import Call, Watch, geometry, key, quietly, tensors_in
 
 
 class Mixture(NamedTuple):
@@ -31,7 +26,7 @@ class Mixture(NamedTuple):
     place: str
 
 
-class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Shadow:
     """A context in which labelled rows are followed. `place` is noted with every mixture and finding.
 
     >>> weight, x = torch.randn(6, 4), torch.randn(2, 4)
@@ -44,28 +39,20 @@ class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     `mixtures` are the operations that mixed rows; `findings` say what was added to what it does not belong to, and where.
     """
 
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Torch would import its compiler for this class, which takes seconds."""
-        return False
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.place = ""
         self.mixtures: list[Mixture] = [Mixture("a view of several elements as one", "")]
         self.findings: dict[str, str] = {}
         self._numbers: dict[Mixture, int] = {}
         self._marks: dict[int, tuple[StorageWeakRef, Marks]] = {}
         self._purge_at = 1024
-        self._flex: list[tuple[object, object]] = []
+        self._watches: list[Watch] = []
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
     def label(self, tensor: Tensor, axis: int = 0, kind: str = "weight") -> None:
         """Index i along `axis` of `tensor` is row i. `kind` is "weight", "bias" or "activation"."""
-        with _quietly():
+        with quietly():
             numbers = torch.arange(1, 1 + tensor.size(axis), dtype=torch.int32, device="cpu")
             shape = [1] * tensor.dim()
             shape[axis] = -1
@@ -76,7 +63,7 @@ class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         None when nothing is known of the tensor's storage.
         """
-        with _quietly():
+        with quietly():
             labels = self.read(tensor)
             if labels is None:
                 return None
@@ -100,82 +87,49 @@ class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- following ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Shadow:
-        if "torch._dynamo" in sys.modules:  # compiled code may be run, which must not look in here
-            self.__torch_dispatch__ = MethodType(_uncompiled, self)  # type: ignore[method-assign]
-        flex = sys.modules.get("torch.nn.attention.flex_attention")
-        self._flex.append((flex, getattr(flex, _UNCOMPILED_FLEX, None)))
-        if self._flex[-1][1] is not None:  # else it compiles itself, which torch refuses under any mode
-            setattr(flex, _UNCOMPILED_FLEX, True)
-        super().__enter__()  # type: ignore[no-untyped-call]
+        self._watches.append(Watch(self).__enter__())
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        flex, before = self._flex.pop()
-        if before is not None:
-            setattr(flex, _UNCOMPILED_FLEX, before)
+        self._watches.pop().__exit__(*error)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunction():
-            marked = any(self._marks_of(t) for t in (*tensors_in(args), *tensors_in(tuple(kwargs.values()))))
-        if marked and torch.is_inference_mode_enabled() and hasattr(func, "decompose"):
-            with self:  # under inference_mode composite operations arrive whole
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-        out = func(*args, **kwargs)
-        schema = getattr(func, "_schema", None)
-        if schema is None:  # a higher-order operation: flex_attention, cond, ...
-            values = {str(i): value for i, value in enumerate(args)} if marked else {}
-        elif marked or (self._marks and schema.is_mutable):
-            values = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
-        else:
-            return out
-        try:
-            with _quietly():
-                self.follow(func, values, out, marked)
-        except Exception as wrong:  # whatever happens to labels, the user's code goes on as if alone
-            self.findings.setdefault(f"rows were lost at {func}: {wrong}", self.place)
-        return out
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether something in the storage of `tensor` is labelled."""
+        return self._marks_of(tensor) is not None
 
-    def follow(self, func: Any, values: Mapping[str, Any], out: Any, marked: bool) -> None:
-        """Notes what one operation, which has just run, did. `values`: its arguments by name; `marked`: one of them holds labels."""
-        name, is_pointwise, written = _facts(func)
-        targets = [t for w in written for t in tensors_in(values.get(w))]
-        if not marked and not any(self._marks_of(t) for t in targets):
+    def follow(self, call: Call) -> None:
+        """Notes what one operation, which has just run, did."""
+        if call.targets and call.name.startswith(_KEEP_ROWS):
             return
-        outs = list(tensors_in(out)) or targets
-        sources = {_key(t) for t in tensors_in(tuple(values.values()))}
-        if not targets and all(_key(t) in sources for t in outs):
-            return  # a view
-        if targets and name.startswith(_KEEP_ROWS):
-            return
-        call = Call(func, name, values, outs, written, self)
         try:
-            results = rule_for(name, is_pointwise)(call)
+            results = RULES[call.effect](self, call)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-            results = mixed(call)
+            results = mixed(self, call)
         kind, made = self._origin(call)
-        keys = {_key(t) for t in targets}
-        for tensor, labels in zip(outs, results, strict=False):
-            if _key(tensor) in keys:
+        targets = {key(t) for t in call.targets}
+        sources = {key(t) for t in tensors_in(tuple(call.values.values()))}
+        for tensor, labels in zip(call.outs, results, strict=False):
+            if key(tensor) in targets:
                 self._write(tensor, nothing(tensor.shape) if labels is None else labels, kind, made)
-            elif labels is not None and _key(tensor) not in sources:
+            elif labels is not None and key(tensor) not in sources:
                 self._write(tensor, labels, kind, made)
+
+    def lost(self, func: Any, error: Exception) -> None:
+        """Whatever happens to labels, the user's code goes on as if alone."""
+        self.findings.setdefault(f"rows were lost at {func}: {error}", self.place)
 
     def read(self, tensor: Tensor) -> Tensor | None:
         """Labels as `marks` keeps them: int32, shaped like `tensor`; a view where it can be."""
         marks = self._marks_of(tensor)
-        return marks.at(*_geometry(tensor)) if marks else None
+        return marks.at(*geometry(tensor)) if marks else None
 
     def mixture(self, op: str) -> int:
         """The label of what `op` mixes here."""
-        key = Mixture(op, self.place)
-        if key not in self._numbers:
-            self._numbers[key] = -1 - len(self.mixtures)
-            self.mixtures.append(key)
-        return self._numbers[key]
+        mixture = Mixture(op, self.place)
+        if mixture not in self._numbers:
+            self._numbers[mixture] = -1 - len(self.mixtures)
+            self.mixtures.append(mixture)
+        return self._numbers[mixture]
 
     def found(self, bias: Tensor, rows: Tensor) -> None:
         """Compares the rows of a bias with the rows it is added to."""
@@ -191,30 +145,30 @@ class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _origin(self, call: Call) -> tuple[str, int | None]:
         """The kind of what a call makes, and `Marks.made`; None when it is made here."""
-        marks = [found for t in call.inputs() if (found := self._marks_of(t))]
-        if call.name in _MAKE_ACTIVATIONS:
+        if call.effect in ("multiplies", "convolves") or call.name == "sum":
             return "activation", None
+        marks = [found for t in call.inputs() if (found := self._marks_of(t))]
         kinds = {found.kind for found in marks}
         kind = kinds.pop() if len(kinds) == 1 else "activation"
         return kind, max((found.made for found in marks if found.kind == kind), default=None)
 
     def _marks_of(self, tensor: Tensor) -> Marks | None:
-        if not self._marks or (key := _key(tensor)) is None or (entry := self._marks.get(key)) is None:
+        if not self._marks or (storage := key(tensor)) is None or (entry := self._marks.get(storage)) is None:
             return None
         if entry[0].expired():  # type: ignore[no-untyped-call]
-            del self._marks[key]
+            del self._marks[storage]
             return None
         return entry[1]
 
     def _write(self, tensor: Tensor, labels: Tensor, kind: str, made: int | None) -> None:
         """Notes that `tensor`, and nothing else in its storage, now holds `labels`."""
-        key, old = _key(tensor), self._marks_of(tensor)
-        if key is None or (old is None and not bool(packed(labels)[0].any())):
+        storage, old = key(tensor), self._marks_of(tensor)
+        if storage is None or (old is None and not bool(packed(labels)[0].any())):
             return
         if made is None:
             (few,) = packed(labels)
             made = len(torch.unique(few[few > 0]))
-        size, stride, offset, unit = _geometry(tensor)
+        size, stride, offset, unit = geometry(tensor)
         elements = tensor.untyped_storage().nbytes() // unit
         if old is not None:
             if torch.equal(*packed(old.at(size, stride, offset, unit), labels)):
@@ -227,47 +181,11 @@ class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             marks.version = old.version + 1
         else:
             marks = marks_of(labels, size, stride, offset, unit, elements, kind, made)
-        self._marks[key] = (StorageWeakRef(tensor.untyped_storage()), marks)  # type: ignore[no-untyped-call]
+        self._marks[storage] = (StorageWeakRef(tensor.untyped_storage()), marks)  # type: ignore[no-untyped-call]
         if len(self._marks) > self._purge_at:
             self._marks = {k: entry for k, entry in self._marks.items() if not entry[0].expired()}  # type: ignore[no-untyped-call]
             self._purge_at = max(1024, 2 * len(self._marks))
 
 
-_UNCOMPILED_FLEX = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
-_uncompiled = torch._disable_dynamo(Shadow.__torch_dispatch__)  # type: ignore[attr-defined]
 _KEEP_ROWS = ("set", "_foreach", "_fused_ad", "_fused_sgd")
 """In place, these give a tensor another storage, or are the step of an optimizer."""
-_MAKE_ACTIVATIONS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_int_mm", "_scaled_mm", "_addmm_activation"}
-_MAKE_ACTIVATIONS |= {"convolution", "_convolution", "sum"}
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Work on labels that no other mode, hook or graph sees."""
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.inference_mode():
-        yield
-
-
-@lru_cache(maxsize=4096)
-def _facts(func: Any) -> tuple[str, bool, tuple[str, ...]]:
-    """(plain name, whether it works element by element, the arguments that it writes)."""
-    if not hasattr(func, "_schema"):
-        return str(func.name()), False, ()
-    name = func._schema.name.partition("::")[2]
-    written = tuple(a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
-    plain = name.removesuffix("_") if written else name
-    return plain, torch.Tag.pointwise in func.tags, written
-
-
-def _key(tensor: Tensor) -> int | None:
-    """The identity of a tensor's storage; None for tensors that have none of their own (sparse, wrapped)."""
-    try:
-        storage = tensor.untyped_storage()
-        return int(storage._cdata) if storage.nbytes() else None
-    except (RuntimeError, NotImplementedError):
-        return None
-
-
-def _geometry(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
-    """(size, stride, offset, bytes of an element)."""
-    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.element_size()

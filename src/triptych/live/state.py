@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import LayoutError, PlanError
 from ..layout import Layout
 from ..sizes import does_not_fit
-from ..tensors import weave
+from ..weave import weave
 from .projections import Packing
 
 PACKED, MARK = "packed", "layout"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from ..errors import TraceError, TriptychError
 from ..families import declared, lookup
 from ..layout import Layout
+from ..rowmap import parts
+from ..sizes import Sizes
 from .compare import Pair, conflicts, rows_of
 from .entries import Entry, Notebook
 from .find import Fused, config_of, find, hints_of
@@ -50,11 +53,13 @@ def trace(
     """
     if not callable(fn):
         raise TraceError("trace takes a function, a method or a module", found=type(fn).__name__, try_="tt.trace(model.get_q_matrix, x)")
+    fn = getattr(fn, "_torchdynamo_orig_callable", fn)  # of what torch.compile made, the function that it was made of
     target = find(fn, args, kwargs, fused)
     truth, source, hints = _truth(target, fn, layout)
     shadow = Shadow()
     book = Notebook(shadow, target.rows)
-    shadow.label(target.tensor.detach(), target.axis, target.kind)
+    if target.kind != "output":
+        shadow.label(target.tensor.detach(), target.axis, target.kind)
     if target.bias is not None:
         shadow.label(target.bias.detach(), kind="bias")
     torch.clear_autocast_cache()  # casts made before would hide the labels
@@ -62,7 +67,7 @@ def trace(
     result: Any = None
     error: Exception | None = None
     try:
-        with shadow, names:
+        with _labelled_output(target, shadow), shadow, names:
             result = fn(*args, **kwargs)
     except Exception as raised:
         inner = raised.__traceback__.tb_next if raised.__traceback__ else None
@@ -73,6 +78,24 @@ def trace(
     title = type(fn).__name__ if isinstance(fn, nn.Module) or code is None else code.co_name
     file = code.co_filename if code else ""
     return _report(title, file, target, book.entries, shadow, truth, source, hints, result, error)
+
+
+@contextmanager
+def _labelled_output(target: Fused, shadow: Shadow) -> Iterator[None]:
+    """Of a projection whose weight cannot be labelled, the rows begin with what it returns."""
+    if target.kind != "output" or target.owner is None:
+        yield
+        return
+
+    def label(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            shadow.label(output.detach(), output.dim() - 1, "activation")
+
+    handle = target.owner.register_forward_hook(label)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _truth(target: Fused, fn: object, layout: Layout | str | None) -> tuple[Layout | None, str, Mapping[str, int]]:
@@ -122,8 +145,10 @@ def _report(
     reader = Reader(target.rows, list(held.values()), usable, truth)
     fits = {index: reader.best(one) for index, one in held.items()}
     frame = _reference(fits, truth)
-    if truth is not None and not reader.truth_fits:
-        shadow.findings[f"{truth} fits {target.rows} rows at none of the sizes seen"] = ""
+    if truth is not None and reader.truth_sizes is None:
+        known = " ".join(f"{axis}={size}" for axis, size in usable.items())
+        shadow.findings[f"{truth} fits {target.rows} rows at none of the sizes seen: " + (known or "no module here names heads")] = ""
+    misread = list(_misread(entries, fits, truth, reader.truth_sizes, title, target)) if truth is not None else []
     return Report(
         title,
         file,
@@ -137,23 +162,46 @@ def _report(
         result,
         truth,
         source,
-        tuple(_misread(entries, fits, truth)) if truth is not None else (),
+        tuple(text for text, _ in misread),
+        "\n".join(fix for _, fix in misread if fix),
     )
 
 
-def _misread(entries: list[Entry], fits: Mapping[int, Fit | None], truth: Layout) -> Iterator[str]:
-    """Tensors that are named for a part and hold that of another layout, when they are not only on the way to the true one."""
-    groups: dict[tuple[int, Layout], list[tuple[str, str]]] = {}
+def _misread(
+    entries: list[Entry], fits: dict[int, Fit | None], truth: Layout, sizes: Sizes | None, title: str, target: Fused
+) -> Iterator[tuple[str, str]]:
+    """Tensors taken for a part that hold that of another layout and are not only on the way to the true one; and the lines that mend them.
+
+    A tensor is taken for what its name speaks of, what is returned for what the function's name does; one of no such name if it has heads.
+    """
+    groups: dict[tuple[int, Layout], list[tuple[Entry, Fit]]] = {}
     for entry in entries:
-        fit = fits[entry.index]
-        if fit is None or fit.layout == truth or role_of(entry.name.text) != fit.part:
+        fit, text = fits[entry.index], entry.name.text
+        role = role_of(title) if text == "returned" else role_of(text)
+        if fit is None and role in truth.parts and sizes is not None and _is_mixed(entry, role, truth, sizes):
+            if not any(entry.index in e.sources and fits[e.index] for e in entries):
+                yield f"{text} (line {entry.name.line}) holds {in_words(entry.grid.order, target.rows, truth, sizes)}", ""
+            continue
+        if fit is None or fit.layout == truth or role not in (fit.part, None) or (role is None and len(entry.grid.axes) < 2):
             continue
         onward = (e for e in entries if entry.index in e.sources and np.array_equal(np.sort(e.grid.order), np.sort(entry.grid.order)))
         if not any(onward):
-            groups.setdefault((entry.name.line, fit.layout), []).append((entry.name.text, fit.part))
+            groups.setdefault((entry.name.line, fit.layout), []).append((entry, fit))
     for (line, layout), found in groups.items():
-        names, held = (", ".join(texts) for texts in zip(*found, strict=True))
-        yield f"{names} (line {line}) {'is' if len(found) == 1 else 'are'} {held} of {layout}"
+        fixes = []
+        for entry, fit in found:
+            shape = next((part.shape for part in parts(truth, sizes) if fit.part in part.path.names), None) if sizes else None
+            wanted = Fit(truth, sizes, fit.part, shape, 0) if sizes and shape else None
+            fixes += mend(entry, None, wanted, fit.part, fits, entries, target).splitlines()
+        names, held = ", ".join(entry.name.text for entry, _ in found), ", ".join(fit.part for _, fit in found)
+        text = f"{names} (line {line}) {'is' if len(found) == 1 else 'are'} {held} of {layout}"
+        yield text, "\n".join(dict.fromkeys(fixes))
+
+
+def _is_mixed(entry: Entry, role: str, truth: Layout, sizes: Sizes) -> bool:
+    """Whether a tensor has rows of other parts than the one that it is named for."""
+    own = next(part.rows() for part in parts(truth, sizes) if role in part.path.names)
+    return entry.grid.is_rows and not bool(np.isin(entry.grid.order, own).all())
 
 
 def _reference(fits: Mapping[int, Fit | None], truth: Layout | None) -> Fit | None:
@@ -219,8 +267,8 @@ def _conflict(
         notes[1],
         len(rows[0]),
         len(np.intersect1d(rows[0], rows[1])),
-        mend(a, b, part, fits, entries, target),
-        mend(b, a, part, fits, entries, target),
+        mend(a, b, fit_b, part, fits, entries, target),
+        mend(b, a, fit_a, part, fits, entries, target),
         wrong,
     )
 
