@@ -34,12 +34,15 @@ GROUPED = (
     "(q h|k g|v g) d", "(q h|v g|k g) d", "(v g|q h|k g) d", "(k g|q h|v g) d", "(k g|v g|q h) d", "g (q r|k|v) d", "g (q r|v|k) d",
     "g (v|q r|k) d", "g (k|v|q r) d", "(q r g|k g|v g) d", "q d h|k d g|v d g", "g d (q r|k|v)",
 )  # fmt: skip
-HALVES = ("q h d|_ g (k|v) d", "_ g (q r|k) d|v g d")
+WITH_O = ("q h d|_ g (k|v) d",)
 """Compared only where O is given."""
 KEY_VALUE = ("(k|v) g d", "(v|k) g d", "g (k|v) d")
 MLP = ("(gate|up) f", "(up|gate) f", "f (gate|up)", "t (up|gate) f")
 OUTSIDE = ("_ (q|k) h d|v d h", "_ h (q|k) d|v h d", "q h d|_ h (k|v) d", "q h d|k d h|v h d", "q d h|k h d|v h d")
-OUTSIDE_GROUPED = ("_ g (q r|v) d|k g d", "q r g d|_ g (k|v) d", "q h d|k d g|v g d", "q h d|k g d|v d g", "q d h|k g d|v g d")
+OUTSIDE_GROUPED = (
+    "_ g (q r|k) d|v g d", "_ g (q r|v) d|k g d", "q r g d|_ g (k|v) d", "q h d|k d g|v g d",
+    "q h d|k g d|v d g", "q d h|k g d|v g d",
+)  # fmt: skip
 """Layouts that `detect` does not compare."""
 BLOCKS = {"t (q|k|v) n d": 2, "t (q|v|k) n d": 4, "t (up|gate) f": 4}
 LAYERS = {"smollm2": (0, 3, 4, 6, 9, 10, 12, 14, 15, 17, 19, 20, 23, 25, 26, 29), "antiberty": (0, 2, 4, 5, 7)}
@@ -117,8 +120,8 @@ def _made(one: Group | Controls) -> list[dict[str, Any]]:
 def groups() -> Iterator[Group]:
     """Every net in every layout."""
     for net in weights.nets():
-        for layout in ONE_TO_ONE if net.heads == net.kv_heads else (*GROUPED, *HALVES):
-            yield from (Group(net.name, layout, mode) for mode in MODES if mode == "with O" or layout not in HALVES)
+        for layout in ONE_TO_ONE if net.heads == net.kv_heads else (*GROUPED, *WITH_O):
+            yield from (Group(net.name, layout, mode) for mode in MODES if mode == "with O" or layout not in WITH_O)
         if net.name == "smollm2":
             yield from (Group(net.name, layout, "with Q and O", "k|v") for layout in KEY_VALUE)
             yield from (Group(net.name, layout, mode, "gate|up") for layout in MLP for mode in ("with down", "alone"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from bench.detect_cases import GROUPED, HALVES, LAYERS, LINES, MODES, ONE_TO_ONE, OUTSIDE_ALONE, collect
+from bench.detect_cases import GROUPED, LAYERS, LINES, MODES, ONE_TO_ONE, OUTSIDE_ALONE, WITH_O, collect
 from bench.detect_words import HELD_OUT, LOOKED_AT, SEEN, SET_ON, SETTING, UNSEEN, limits, method, split
 from tests import weights
 
@@ -85,7 +85,7 @@ def cases(lines: Iterable[dict[str, Any]]) -> list[Case]:
 
 
 def place(layout: str) -> int:
-    layouts = (*ONE_TO_ONE, *GROUPED, *HALVES)
+    layouts = (*ONE_TO_ONE, *GROUPED, *WITH_O)
     return layouts.index(layout) if layout in layouts else len(layouts)
 
 
@@ -109,7 +109,7 @@ def report(lines: list[dict[str, Any]]) -> str:
         *method(), "",
         "## The cases", "",
         f"{len({one.net for one in attention})} trained nets of {len(weights.PACKAGES)} packages, {len({(o.net, o.layer) for o in attention})} layers, each laid out in {len(ONE_TO_ONE)} ways "
-        f"({len(GROUPED)} other ones for the net with fewer kv heads than query heads, {len(HALVES)} more with O): {len(attention)} verdicts. *With O*: {MODES['with O']}. *W alone*: {MODES['W alone']}. "
+        f"({len(GROUPED)} other ones for the net with fewer kv heads than query heads, {len(WITH_O)} more with O): {len(attention)} verdicts. *With O*: {MODES['with O']}. *W alone*: {MODES['W alone']}. "
         f"Of {' and '.join(f'{name} {len(chosen)} layers' for name, chosen in LAYERS.items())} were taken, of the other nets all. *argmax*: the best layout is the true one, to the row; *coverage*: share of confident "
         "verdicts; *confident error*: confident and wrong, in the rows or in the number of heads where one is told.", "",
         f"One net, SCEPTR_tiny, has {min(one.columns for one in attention)} columns. Below {rule.MIN_COLUMNS} nothing is ever said, since untrained weights of that size can look trained; it stands in "

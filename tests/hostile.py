@@ -131,7 +131,7 @@ def _folder() -> Iterable[tuple[str, Callable[[Path], Path], tuple[str, int], st
     yield "index: weight_map is a list", index([["w", "x"]]), bad, "not an index"
     yield "index: deep", index(b'{"weight_map":' * 100_000), bad, "nested too deeply"
     yield "index: one tensor twice", index(b'{"weight_map":{"w":"model1.safetensors","w":"x"}}'), bad, "JSON"
-    yield "index: a shard is not there", index({"w": "model2.safetensors"}), bad, "cannot be read"
+    yield "index: a shard is not there", index({"w": "model2.safetensors"}), bad, "are missing"
     yield "index: a tensor is not in its shard", index({"w": "model1.safetensors", "v": "model1.safetensors"}), bad, "disagree"
     yield "index: itself as a shard", index({"w": "model.safetensors.index.json"}), bad, "safetensors file|header"
     yield "index: 300 MB", linked("x", "x", sparse("model.safetensors.index.json", b"", 300 << 20)), bad, "checkpoint|too large"

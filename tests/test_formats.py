@@ -198,7 +198,7 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "empty weight map": ({"weight_map": {}}, "not an index"),
     "metadata a list": ({"metadata": [], "weight_map": {"a": "model-00001-of-00002.safetensors"}}, "not an index"),
     "file a number": ({"weight_map": {"a": 3}}, "outside its folder"),
-    "a file that is not there": ({"weight_map": {"a": "model-00009-of-00002.safetensors"}}, "cannot be read"),
+    "a file that is not there": ({"weight_map": {"a": "model-00009-of-00002.safetensors"}}, "are missing"),
     "a file that is none": ({"weight_map": {"a": "config.json"}}, "header"),
     "a tensor that is not there": ({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00001-of-00002.safetensors",
                                                    "z": "model-00001-of-00002.safetensors"}}, "index and shards disagree"),

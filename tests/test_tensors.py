@@ -243,3 +243,19 @@ def test_out_may_not_overlap_its_source() -> None:
     tensor = torch.randn(12, 2)
     with pytest.raises(tt.LayoutError, match="shares memory"):
         tt.repack(tensor, "h (q|k|v) d", "(q|k|v) h d", axis=0, h=2, out=tensor)
+
+
+def test_another_axis_that_fits_is_named() -> None:
+    weight = np.arange(60).reshape(12, 5)
+    for call in (lambda: tt.repack(weight, "h (q|k|v) d", "(q|k|v) h d", h=2), lambda: tt.split(weight, "h (q|k|v) d", h=2)):
+        with pytest.raises(tt.SizeError) as caught:
+            call()
+        assert caught.value.fields["try"] == "axis=0: its 12 rows fit"
+    with pytest.raises(tt.SizeError) as caught:
+        tt.split(weight, "h (q|k|v) d", h=7)
+    assert "axis" not in str(caught.value.fields.get("try"))
+
+
+def test_a_list_is_no_tensor() -> None:
+    with pytest.raises(tt.LayoutError, match="no tensor"):
+        tt.split([1, 2, 3], "(q|k|v) d")

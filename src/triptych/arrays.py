@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import SizeError
+from .errors import LayoutError, SizeError
 
 Tensor = Any
 """numpy.ndarray or torch.Tensor."""
@@ -21,7 +21,10 @@ def normal_axis(axis: int, ndim: int, shape: tuple[int, ...]) -> int:
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+    try:
+        return tuple(tensor.shape)
+    except AttributeError:
+        raise LayoutError("this is no tensor", found=type(tensor).__name__, expected="a NumPy array or a torch tensor") from None
 
 
 def permute(tensor: Tensor, axis: int, perm: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .errors import printable
+from .errors import PlanError, printable
 
 if TYPE_CHECKING:
     from .steps import Plan
@@ -64,7 +64,20 @@ def _share(context: click.Context, parameter: click.Parameter, value: str | None
     number, slash, of = value.partition("/")
     if not slash or not all(word.isascii() and word.isdecimal() and len(word) < 6 for word in (number, of)):
         raise click.BadParameter(f"{value!r} is not I/N, e.g. 2/8", context, parameter)
+    if not 1 <= int(number) <= int(of):
+        raise click.BadParameter(f"{value!r} is no share: 1/N to N/N", context, parameter)
     return int(number), int(of)
+
+
+def _bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    from .outfiles import bytes_of
+
+    try:
+        return bytes_of(value)
+    except PlanError as error:
+        raise click.BadParameter(f"{error.what}: {error.fields['found']}, not {error.fields['expected']}", context, parameter) from None
 
 
 def _orientation(context: click.Context, parameter: click.Parameter, value: bool | None) -> str | None:
@@ -87,7 +100,7 @@ def options(*wanted: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             help="Store weights [out, in], or [in, out] as transformers' Conv1D does.",
         ),
         "max_shard_size": click.option(
-            "--max-shard-size", metavar="SIZE", help="Cut the output into files of at most this size, e.g. 5GB.",
+            "--max-shard-size", metavar="SIZE", callback=_bytes, help="Cut the output into files of at most this size, e.g. 5GB.",
         ),
         "layouts": click.option(
             "--layout", "layouts", multiple=True, metavar="GLOB=LAYOUT", callback=pairs("NAME_GLOB=LAYOUT"),

@@ -81,7 +81,7 @@ def hypotheses(
     if rows % 3 == 0 and width in (None, rows // 3) and kv_heads in (None, heads) and (rows // 3) % (heads or 1) == 0:
         out += _one_to_one(ORDERS[QKV], rows // 3, heads, 1)
     for g, r, d in _grouped_sizes(rows, width, heads, kv_heads):
-        out += _grouped(g, r, d, GROUPED if width or heads else GROUPED[:2], halves=width is not None)
+        out += _grouped(g, r, d, GROUPED if width or heads else GROUPED[:2], kv_grouped=width is not None)
     return tuple(out)
 
 
@@ -186,20 +186,20 @@ GROUPED = (
     ("g d ({})", "q r", "k", "v"),
 )
 """Contiguous, one group behind the other, query heads tiled, heads scrambled, dim by dim."""
-HALVES = (("q h d", "_ g ({}) d", "k", "v"), ("v g d", "_ g ({}) d", "q r", "k"))
-"""One part apart, the others one group behind the other: compared only where O bears them out."""
+KV_GROUPED = "q h d", "_ g (k|v) d", "_ g (v|k) d"
+"""q apart, k and v one group behind the other: compared only where O bears it out."""
 BLOCKS = ("t ({}) d", "q n r", "k n", "v n")
 
 
-def _grouped(g: int, r: int, d: int, forms: Sequence[tuple[str, ...]], halves: bool) -> Iterator[Hypothesis]:
+def _grouped(g: int, r: int, d: int, forms: Sequence[tuple[str, ...]], kv_grouped: bool) -> Iterator[Hypothesis]:
     sizes = {"g": g, "r": r, "d": d}
     for form, *branches in forms if g > 1 else [forms[0], *forms[4:]]:
         for order in itertools.permutations(branches):
             yield _made(form.format("|".join(order)), sizes, d, r)
-    for apart, form, *branches in HALVES if halves and g > 1 else ():
-        for order in itertools.permutations(branches):
-            for pair in itertools.permutations((apart, form.format("|".join(order)))):
-                yield _made("|".join(pair), sizes, d, r)
+    if kv_grouped and g > 1:
+        q, *pairs = KV_GROUPED
+        for pair in pairs:
+            yield from (_made(text, sizes, d, r) for text in (f"{q}|{pair}", f"{pair}|{q}"))
     for t in divisors(g)[1:-1]:
         for order in itertools.permutations(BLOCKS[1:]):
             yield _made(BLOCKS[0].format("|".join(order)), {**sizes, "t": t}, d, r)

@@ -130,7 +130,7 @@ def _nothing(checkpoint: Checkpoint, target: Target) -> PlanError:
     elif target.join and target.layout is None:
         expected = "separate projections"
     elif target.layout is not None:
-        expected = f"{'' if target.join else 'fused '}projections of {', '.join(base_names(target.layout))}"
+        expected = f"{'' if target.join else 'fused '}projections of {', '.join(base_names(target.layout)).strip() or 'no named part'}"
         if apart and not target.join:
             try_ = f"--to 'fused:{target.layout}' joins separate ones"
     elif target.rope:

@@ -47,15 +47,15 @@ def index_of(stored: Stored, files: Sequence[OutFile], shard: int | None = None)
 def bytes_of(text: str | int) -> int:
     """A size of a file as people write it: 5GB, 200MB, or a number of bytes.
 
-    >>> bytes_of("5GB"), bytes_of("200 MB"), bytes_of(4096)
-    (5000000000, 200000000, 4096)
+    >>> bytes_of("5GB"), bytes_of("200 MB"), bytes_of("9B"), bytes_of(4096)
+    (5000000000, 200000000, 9, 4096)
     """
     number = str(text).strip().upper()
-    unit = next((unit for unit in ("KB", "MB", "GB", "TB") if number.endswith(unit)), "")
+    unit = next((unit for unit in ("KB", "MB", "GB", "TB", "B") if number.endswith(unit)), "")
     digits = number.removesuffix(unit).strip()
     if not digits.isascii() or not digits.isdecimal() or not 0 < len(digits) < 16 or not int(digits):
         raise PlanError("a size of a file is a number and a unit", found=repr(text), expected="5GB, 200MB, or a number of bytes")
-    return int(digits) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[unit]
+    return int(digits) * {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[unit]
 
 
 def _steps(stored: Stored, moves: Sequence[Move]) -> Iterator[tuple[Header, list[Step]]]:

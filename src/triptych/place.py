@@ -40,7 +40,7 @@ def check_kind(stored: Stored, out: str) -> None:
     """That a file becomes a file, and a folder a folder."""
     suffix = ".gguf" if stored.path.name.endswith(".gguf") else ".safetensors"
     if not stored.is_folder and not out.endswith(suffix):
-        raise PlanError("a file becomes a file", where=out, expected=f"a name that ends in {suffix}")
+        raise PlanError("a file becomes a file", where=out, expected=f"a name that ends in {suffix}", try_=out.rstrip("/") + suffix)
     if stored.is_folder and (found := next((end for end in (".safetensors", ".gguf") if out.endswith(end)), None)):
         raise PlanError("a folder becomes a folder", where=out, expected=f"a name that does not end in {found}")
 

@@ -23,7 +23,7 @@ from .arrays import (
 from .errors import LayoutError, SizeError
 from .layout import Layout, count
 from .rowmap import ZERO, RowMap, between, from_indices, parts
-from .sizes import bind
+from .sizes import Sizes, bind
 from .weave import close_axis, open_axis, tree_of
 
 MAX_STRIDED_BLOCKS = 64
@@ -75,7 +75,7 @@ def split(tensor: Tensor, layout: Layout | str, axis: int = -1, **sizes: int) ->
     """
     try:
         shape, cut, kind, order = _QUICK[(layout, axis, type(tensor), tensor.shape, *sizes.items())]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         return _split(tensor, layout, axis, sizes)
     pieces = tensor.view(*shape).unbind(cut)  # star: torch parses ints faster than a tuple
     return kind(pieces if order is None else [pieces[i] for i in order])
@@ -145,7 +145,7 @@ def repack(tensor: Tensor, source: Layout | str, target: Layout | str, axis: int
     """
     source, target = Layout(source), Layout(target)
     axis = normal_axis(axis, tensor.ndim, tensor.shape)
-    bound = bind(source, target, rows=tensor.shape[axis], **sizes)
+    bound = _bound((source, target), shape_of(tensor), axis, sizes)
     for part in parts(source, bound):
         if part.path.zero and bool((move(tensor, from_indices(part.rows().ravel(), tensor.shape[axis]), axis) != 0).any()):
             raise LayoutError(
@@ -202,7 +202,7 @@ def _split(tensor: Tensor, layout: Layout | str, axis: int, sizes: Mapping[str, 
     shape = shape_of(tensor)
     at = normal_axis(axis, len(shape), shape)
     value = Layout(layout)
-    tree = tree_of(value, bind(value, rows=shape[at], **sizes))
+    tree = tree_of(value, _bound((value,), shape, at, sizes))
     root = tree.root
     if tree.quick and not isinstance(tensor, np.ndarray):
         if len(_QUICK) > 4096:
@@ -213,6 +213,26 @@ def _split(tensor: Tensor, layout: Layout | str, axis: int, sizes: Mapping[str, 
     views: list[Tensor] = []
     open_axis(tensor, at, root, views)
     return _kind(value.parts)([views[i] for i in tree.order])
+
+
+def _bound(layouts: Sequence[Layout], shape: tuple[int, ...], axis: int, sizes: Mapping[str, int]) -> Sizes:
+    """The sizes of layouts that fill an axis; where they fill another one, the error says which."""
+    try:
+        return bind(*layouts, rows=shape[axis], **sizes)
+    except SizeError as error:
+        for other in range(len(shape)):
+            if other != axis and shape[other] != shape[axis] and _fills(layouts, shape[other], sizes):
+                try_ = f"axis={other}: its {shape[other]} rows fit"
+                raise SizeError(error.what, **{**error.fields, "try": None}, try_=try_) from None
+        raise
+
+
+def _fills(layouts: Sequence[Layout], rows: int, sizes: Mapping[str, int]) -> bool:
+    try:
+        bind(*layouts, rows=rows, **sizes)
+    except SizeError:
+        return False
+    return True
 
 
 def _by_name(tensors: Mapping[str, Tensor] | Sequence[Tensor], layout: Layout) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ CONFIDENT, WEAK, UNKNOWN = "confident", "weak", "cannot tell"
 MIN_COLUMNS = 32
 MIN_LEAD, MIN_RATIO, MIN_EACH, MIN_LAW = 16.0, 1.3, 6.0, 6.0
 """Nats ahead of the runner-up, times as many as it, nats of q against k and of v against o alone, and nats by norms alone."""
+NARROW = 64
+"""Columns with which the cosines of v and o may say nothing, and norms and heads tell the order of v instead."""
 MIN_QK = 12.0
 """Nats of q against k where o says more: the likeness of any two rows of one head is worth some."""
 MIN_LAW_AGAINST = 18.0
@@ -30,10 +32,10 @@ MIN_HEADS = 4
 """Heads that a size must make to be told: two or three are no more than steps."""
 MIN_SIZE_RATIO = 1.5
 """Times as many nats as the next head size: one that is a multiple of the true one explains much of the same."""
-MAX_UNMATCHED = 4.0
+MAX_UNMATCHED = 8.0
 """Times as many nats as a layout has, that forming heads may explain: more is likeness of rows that the layout does not match."""
 NOTABLE = 0.25
-"""Without o, a layout with this share of the best one's nats of q against k is asked for its norms too."""
+"""Without o, a layout with this share of what is believed of the best one's q against k is asked for its norms too."""
 LAW_TIMES, DOUBTED = 8.0, 0.125
 """Where query heads share a kv head they resemble each other, too: q against k counts up to so many times what norms say for this k, and
 this share of it besides."""
@@ -223,7 +225,7 @@ def _doubts(best: Ranked, top: Ranked, rivals: Sequence[Ranked], case: Case, lay
     elif ratio <= MIN_RATIO:
         doubts.append(f"the best layout has {ratio:.2f} times the nats of another, and {MIN_RATIO} times are needed")
     if case.kind == QKV and case.width is None and best.hypothesis.ratio > 1:
-        law = max((one.law for one in rivals if one.alignment != best.alignment and one.qk > NOTABLE * best.qk), default=0.0)
+        law = max((one.law for one in rivals if one.alignment != best.alignment and one.believed > NOTABLE * best.believed), default=0.0)
         if law > best.law + MIN_LAW:
             doubts.append(f"the norms of another layout agree better, by {law - best.law:.0f} nats")
         if any(one.clique != best.clique and one.qk * one.law > best.qk * best.law for one in rivals):
@@ -241,7 +243,9 @@ def _weak(choices: Sequence[Ranked], rivals: Sequence[Ranked], case: Case, neede
         which = "gate from up" if case.kind == GATE_UP else "k from a query head"
         reasons.append(f"norms tell {which} by {max(best.law - law, 0.0):.0f} nats only, and {needed:.0f} are needed")
     pairs = [("gate against up", best.qk, MIN_EACH), ("up against down", best.vo, MIN_EACH)] if case.kind == GATE_UP else []
-    pairs = pairs or [("q against k", best.qk, MIN_QK), ("v against o", best.placed, MIN_EACH)]
+    pairs = pairs or [("q against k", best.qk, MIN_QK), ("v against o", best.placed if case.columns <= NARROW else best.vo, MIN_EACH)]
+    if case.columns > NARROW and best.hypothesis.ratio > 1:
+        pairs.append(("the order of v", best.order, MIN_EACH))
     if case.kind == QKV and case.width is not None:
         reasons += _outside(best, rivals)
     if case.kind != QKV or case.width is not None:

@@ -74,7 +74,12 @@ def read(path: str | Path) -> Stored:
     else:
         raise FormatError("no such file or folder", file=str(path))
     weight_map, metadata = _read_index(root / index) if index else ({}, {})
-    found = [_read_file(root / name) for name in names or sorted(set(weight_map.values()))]
+    names = names or tuple(sorted(set(weight_map.values())))
+    if index and (absent := [name for name in names if not (root / name).exists()]):
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise FormatError("files of the checkpoint are missing", file=str(root / index), expected=f"all {len(names)} that it names",
+                          found=f"no {absent[0]}{more}", try_="fetch them")  # fmt: skip
+    found = [_read_file(root / name) for name in names]
     files, notes = tuple(header for header, _ in found), tuple(note for _, more in found for note in more)
     tensors = _join(files, weight_map if index else None, index)
     others = tuple(_others(root, {index, *(file.file for file in files)})) if path.is_dir() else ()
