@@ -13,7 +13,7 @@ SRC = Path(__file__).parent.parent / "src" / "triptych"
 ORDER = [
     "errors", "axes", "syntax", "layout", "sizes", "rowmap", "catalog", "pairs", "arrays", "weave", "tensors", "blocks",
     "sharding",  # the language, tensors in memory
-    "families", "formats", "pieces", "remote_web", "remote_s3", "remote_gs", "remote_hub", "remote_fsspec",
+    "families", "formats", "pieces", "remote_web", "remote_s3", "remote_gs", "remote_fsspec", "remote_hub",
     "remote", "holes",
     "rope", "stamp", "packed", "quantised", "remote_skeleton", "beside", "values",  # what a checkpoint holds
     "evidence", "head_size", "hypotheses", "rotary", "verdict", "detect", "samples", "detect_files", "agree",  # what its weights say

@@ -82,7 +82,7 @@ def cut(url: str) -> tuple[str, str]:
 def store_of(url: str) -> Any:
     """Who asks the server of a URL. Raises PlanError for a kind of URL that is none of ours, MissingExtraError."""
     scheme = scheme_of(url)
-    needs = [("urllib3", "remote"), *[NEEDS[scheme]] * (scheme in NEEDS)] if scheme in SCHEMES else [("fsspec", "remote")]
+    needs = [("urllib3", "remote"), NEEDS.get(scheme, ("urllib3", "remote"))] if scheme in SCHEMES else [("fsspec", "remote")]
     for package, extra in needs:
         try:
             importlib.import_module(package)

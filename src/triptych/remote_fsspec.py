@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .remote_web import Info
 
-STATES = ("ETag", "etag", "checksum", "md5", "content_md5", "mtime", "last_modified", "created")
+STATES = ("ETag", "etag", "blob_id", "xet_hash", "oid", "checksum", "md5", "content_md5", "mtime", "last_modified", "created")
 """What these stores say of a file's contents, the surest first."""
 
 
@@ -20,27 +20,40 @@ class Filesystem:
     def __init__(self, scheme: str) -> None:
         import fsspec
 
-        self._fs: Any = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+        self._one: Any = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+
+    @property
+    def _fs(self) -> Any:
+        return self._one
 
     def info(self, url: str) -> Info:
         self._fs.invalidate_cache()
         found = self._fs.info(url)
         if found["type"] == "directory":
             raise FileNotFoundError(url)
-        return _info(found)
+        return told(found)
 
     def get(self, url: str, start: int, stop: int) -> Iterator[bytes]:
-        part: bytes = self._fs.cat_file(url, start=start, end=stop)
-        if len(part) != stop - start:
-            raise OSError(f"{len(part)} bytes in place of {stop - start} at byte {start}")
-        yield part
+        yield exactly(self._fs.cat_file(url, start=start, end=stop), start, stop)
 
     def names(self, url: str) -> dict[str, Info]:
-        """All files below a folder by their name there; each is asked for by itself, as some stores say other things in a listing."""
+        """All files below a folder by their name there."""
         self._fs.invalidate_cache()
         prefix = str(self._fs._strip_protocol(url)).rstrip("/") + "/"
-        return {name.removeprefix(prefix): _info(self._fs.info(name)) for name in self._fs.find(url) if name.startswith(prefix)}
+        found = {name: one for name, one in self._fs.find(url, detail=True).items() if name.startswith(prefix) and one["type"] == "file"}
+        return {name.removeprefix(prefix): self._listed(name, one) for name, one in found.items()}
+
+    def _listed(self, name: str, found: Mapping[str, Any]) -> Info:
+        """A file of a listing: asked for by itself, as some stores say other things in a listing."""
+        return told(self._fs.info(name))
 
 
-def _info(found: dict[str, Any]) -> Info:
+def told(found: Mapping[str, Any]) -> Info:
     return Info(found["size"], next((str(found[key]) for key in STATES if found.get(key)), ""))
+
+
+def exactly(part: bytes, start: int, stop: int) -> bytes:
+    """What was read, if it is all that was asked for. Raises OSError."""
+    if len(part) != stop - start:
+        raise OSError(f"{len(part)} bytes in place of {stop - start} at byte {start}")
+    return part
