@@ -69,7 +69,7 @@ def hypotheses(
 
     >>> found = hypotheses(6144, width=4096, heads=32)
     >>> len(found), str(found[0].layout), found[0].sizes.of(found[0].layout)
-    (50, '(q h|k g|v g) d', 'h=32 d=128 g=8')
+    (46, '(q h|k g|v g) d', 'h=32 d=128 g=8')
     """
     if kind not in ORDERS:
         raise LayoutError("no such parts to tell apart", found=kind, expected=", ".join(ORDERS))
