@@ -7,8 +7,9 @@ must agree with the stamp.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from glob import escape
 from operator import attrgetter
 from pathlib import Path
@@ -49,6 +50,7 @@ class Checkpoint:
         return self.url or str(self.stored.path)
 
     def to_dict(self) -> dict[str, Any]:
+        """What `inspect --json` prints."""
         stored = self.stored
         return {
             "version": 1,
@@ -143,22 +145,20 @@ def known(
     shapes = dict(zip(stored.tensors, map(attrgetter("shape"), stored.tensors.values()), strict=True))
     for name in stamped:
         shapes.pop(name, None)
-    said = families.declared(formats.read_config(stored), shapes, records, sizes)
+    declared = partial(families.declared, formats.read_config(stored), records=records, sizes=sizes)
+    said = declared(shapes)
     record = {name: one for one in said.projections for name in ([one.name] if one.fused else one.parts.values())}
-    notes = list(_other_orders(stored, stamped, records, sizes)) if stamped else []
+    notes = list(_other_orders(declared, stored, stamped)) if stamped else []
     told: dict[str, families.Projection | stamp.Stamped] = {**record, **stamped}
     hand = {name: packed.by_hand(layout, axis, stored.tensors[name], sizes, told.get(name)) for name, (layout, axis) in given.items()}
     for name in [name for name in hand if name in stamped]:
         packed.must_agree(name, hand.pop(name), stamped[name])
-    found = [
-        *_as_usual(packed.from_stamps(stamped), stored, records, sizes),
-        *packed.from_records(said.projections, hand, notes),
-        *packed.from_hand(hand, record),
-    ]
+    found = [*packed.from_stamps(stamped), *packed.from_records(said.projections, hand, notes), *packed.from_hand(hand, record)]
     words, unmoved = quantised.projections(stored, [*map(escape, stamped), *layouts], records, sizes)
     found += words
     for one in found:
         packed.check_fit(one, stored.tensors)
+    found = _as_usual(declared, stored, found)
     spoken = [*(one.layout for one in found), *more, *(layout for layout, _ in given.values())]
     axes.checked(sizes, [axis for layout in spoken for axis in layout.axes])
     firsts = {one.pieces[0].tensor for one in found}
@@ -168,20 +168,23 @@ def known(
     return Checkpoint(stored, said.family, tuple(found), unknown, (*stored.notes, *dict.fromkeys(notes)))
 
 
-def _as_usual(found: Iterable[Packed], stored: Stored, records: Sequence[Record], sizes: Mapping[str, int]) -> Iterator[Packed]:
-    """Parts that a conversion left apart: joined by default in the order that the record of their family gives the fused tensor."""
-    found = list(found)
-    shapes = {one.name: _joined(one, stored) for one in found if not one.fused}
-    said = families.declared(formats.read_config(stored), shapes, records, sizes).projections if shapes else ()
+Declared = Callable[[Mapping[str, tuple[int, ...]]], families.Declaration]
+"""What the records say of names and shapes under the config at hand."""
+
+
+def _as_usual(declared: Declared, stored: Stored, found: list[Packed]) -> list[Packed]:
+    """Parts that a conversion left apart are joined by default in the order that the record of their family gives the fused tensor."""
+    shapes = {one.name: _joined(one, stored) for one in found if one.source == packed.BY_STAMP and not one.fused}
+    said = declared(shapes).projections if shapes else ()
     usual = {record.name: record for record in said if record.fused and not record.ambiguous}
-    for one in found:
-        record = usual.get(one.name) if not one.fused else None
-        own = {base_names(piece.layout)[0]: piece.layout for piece in one.pieces}
-        if record and record.axis == one.axis and own == {part: alone(record.layout, part) for part in base_names(record.layout)}:
-            bound = bind(record.layout, *own.values(), **{**record.sizes, **one.sizes})
-            yield replace(one, layout=record.layout, sizes=bound)
-        else:
-            yield one
+    return [_joining_as(usual[one.name], one) if one.name in shapes and one.name in usual else one for one in found]
+
+
+def _joining_as(record: families.Projection, one: Packed) -> Packed:
+    own = {base_names(piece.layout)[0]: piece.layout for piece in one.pieces}
+    if record.axis != one.axis or own != {part: alone(record.layout, part) for part in base_names(record.layout)}:
+        return one
+    return replace(one, layout=record.layout, sizes=bind(record.layout, *own.values(), **one.sizes))
 
 
 def _joined(one: Packed, stored: Stored) -> tuple[int, ...]:
@@ -190,12 +193,10 @@ def _joined(one: Packed, stored: Stored) -> tuple[int, ...]:
     return (*shapes[0][: one.axis], sum(shape[one.axis] for shape in shapes), *shapes[0][one.axis + 1 :])
 
 
-def _other_orders(
-    stored: Stored, stamped: Mapping[str, stamp.Stamped], records: Sequence[Record], sizes: Mapping[str, int]
-) -> Iterator[str]:
+def _other_orders(declared: Declared, stored: Stored, stamped: Mapping[str, stamp.Stamped]) -> Iterator[str]:
     """A sentence for each kind of stamped tensor whose family record says another order: that of the model's own code."""
     shapes = {name: stored.tensors[name].shape for name in stamped}
-    said = families.declared(formats.read_config(stored), shapes, records, sizes)
+    said = declared(shapes)
     for one in said.projections:
         told = stamped[one.name] if one.fused else None
         if told is not None and not packed.same_rows(told.layout, told.sizes, one.layout, one.sizes):

@@ -24,6 +24,7 @@ def on_ray(address: str | None = None, cpus: int | None = None) -> Engine:
     """
 
     def engine(tasks: Sequence[Task], progress: Tick) -> None:
+        """Does all tasks on the cluster; one that was started here ends with them."""
         ray = _ray()
         ours = not ray.is_initialized()
         if ours:

@@ -172,6 +172,7 @@ class _Parser:
         return word
 
     def layout(self) -> tuple[Factor, ...]:
+        """The whole text, by the rule `layout`. This and the rules below raise LayoutSyntaxError."""
         if not self.word.kind:
             raise self.fail("a layout cannot be empty", try_="h (q|k|v) d")
         if self._top_level_bar():
@@ -194,6 +195,7 @@ class _Parser:
         return False
 
     def product(self) -> tuple[Factor, ...]:
+        """Axes and sums in brackets, up to what closes or separates them."""
         factors: list[Factor] = []
         while self.word.kind in ("name", "("):
             if self.word.kind == "name":
@@ -228,6 +230,7 @@ class _Parser:
         return Sum(tuple(branches))
 
     def branch(self) -> Branch:
+        """The names of a part, or `_`, and its factors."""
         word = self.word
         if word.kind == "(":
             raise self.fail(
