@@ -69,6 +69,7 @@ soak: .venv/.ready
 soak-crash: .venv/.ready
 	$(BIN)/python bench/soak_crash.py --write
 	$(BIN)/python bench/power_loss.py --write
+	$(BIN)/python -m bench.soak_remote --write
 
 soak-fuzz: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'

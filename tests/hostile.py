@@ -55,7 +55,7 @@ def _safetensors() -> Iterable[tuple[str, Callable[[Path], Path], tuple[str, int
         return one("a.safetensors", safetensors_file(table, data, **more))
 
     bad = UNREADABLE
-    yield "empty file", one("a.safetensors", b""), bad, "not a safetensors file"
+    yield "empty file", one("a.safetensors", b""), bad, "the file is empty"
     yield "seven bytes", one("a.safetensors", bytes(7)), bad, "not a safetensors file"
     yield "a header of 2^63 bytes", file({}, length=1 << 63), bad, "too long"
     yield "a header of 2^64 - 1 bytes", file({}, length=(1 << 64) - 1), bad, "too long"
@@ -101,6 +101,13 @@ def _safetensors() -> Iterable[tuple[str, Callable[[Path], Path], tuple[str, int
     for what, told in (("more rows", {"axis": 0, "sizes": {"h": 3, "d": 1}}), ("no such axis", {"axis": 1, "sizes": {"h": 2, "d": 1}})):
         stamp = json.dumps({"version": 1, "layouts": {"a": {"layout": "h (q|k|v) d", **told}}})
         yield f"a stamp of {what}", file({"__metadata__": {"triptych": stamp}, "a": entry(0, 6)}, bytes(6)), bad, "stamp does not fit"
+    for what, words in (
+        ("many brackets", [f"(p{i})" for i in range(400)]),
+        ("names by the billion", [f"(a{i}=b{i})" for i in range(300)]),
+        ("many axes", [f"x{i}" for i in range(800)]),
+    ):
+        stamp = json.dumps({"version": 1, "layouts": {"a": {"layout": " ".join(words), "axis": 0, "sizes": {}}}})
+        yield f"a stamp with {what}", file({"__metadata__": {"triptych": stamp}, "a": entry(0, 6)}, bytes(6)), bad, "stamp is damaged"
     yield "a device", linked("a.safetensors", "/dev/zero"), bad, "regular file"
     yield "a pipe", piped("a.safetensors"), bad, "regular file"
     yield "a link to itself", linked("a.safetensors", "a.safetensors"), bad, "no such file"

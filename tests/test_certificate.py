@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import triptych as tt
 from tests import files, packings
 from tests.injected import ROOT, certificate_script
-from triptych import ranges
+from triptych import formats, ranges
 from triptych.cli import main
 from triptych.errors import FormatError, MismatchError, PlanError
 from triptych.layout import Layout
@@ -91,6 +92,41 @@ def test_rows_that_are_zero_or_shared(tmp_path: Path) -> None:
         assert run(tmp_path / f"{name}.json", out).returncode == 0
     both = {"s": files.read(tmp_path / "s.safetensors"), "b": files.read(tmp_path / "b")}
     assert len(both["s"]) == 2 and len(both["b"]) == 3
+
+
+def altered(out: Path, name: str, at: int, certificate: Path) -> Path:
+    """One bit of a tensor turned over, and a certificate that has the digest of what is there now."""
+    tensor = formats.read(out).tensors[name]
+    file = (out if out.is_dir() else out.parent) / tensor.file
+    content = bytearray(file.read_bytes())
+    content[tensor.start + at] ^= 1
+    file.write_bytes(content)
+    table = json.loads(certificate.read_text())
+    table["output"]["tensors"][name]["sha256"] = hashlib.sha256(content[tensor.start : tensor.stop]).hexdigest()
+    false = certificate.with_suffix(".false.json")
+    false.write_text(json.dumps(table))
+    return false
+
+
+def test_zeros_and_shared_rows_are_checked_though_no_digest_of_the_input_tells(tmp_path: Path) -> None:
+    """Bits that are dropped, or overwritten, when the rows are put back."""
+    values = np.frombuffer(files.noise(3 * H * D * 4), np.float32).copy()
+    values[H * D : 2 * H * D] = 0
+    files.raw(tmp_path / "z.safetensors", {"w.bias": files.entry("F32", [3 * H * D], 0, values.nbytes)}, values.tobytes())
+    files.checkpoint(tmp_path / "a", [{"w.weight": ("F32", ((H + G) * D, IN))}])
+    cases = (
+        (tmp_path / "z.safetensors", tmp_path / "s.safetensors", "h (q|k|v) d", {"w.bias": "(q|k=0|v) h d"}, {"h": H}, "w.bias", 4 * D),
+        (tmp_path / "a", tmp_path / "b", "split", {"w.weight": "(q h|k=v g) d @ 0"}, SIZES, "v_proj.weight", 5),
+    )
+    for (path, out, to, given, sizes, name, at), says in zip(cases, ("declared zero are not", "one in the input differ"), strict=True):
+        tt.convert(path, out, to, layouts=given, **sizes)
+        tt.certify(path, out, layouts=given, **sizes).write(tmp_path / "c.json")
+        with pytest.raises(MismatchError, match=says):
+            tt.check_certificate(altered(out, name, at, tmp_path / "c.json"), out)
+        assert run(tmp_path / "c.false.json", out).returncode == 1
+        with pytest.raises(MismatchError, match="a row of the output is not the row of the input"):
+            tt.verify(path, out, layouts=given, **sizes)
+        (tmp_path / "c.json").unlink()
 
 
 def test_weights_stored_the_other_way_round_and_norms(tmp_path: Path) -> None:

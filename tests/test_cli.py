@@ -101,7 +101,11 @@ def test_interrupts_bugs_and_closed_pipes(here: Path, capsys: pytest.CaptureFixt
 
     monkeypatch.setattr(checkpoint, "inspect", raises(KeyboardInterrupt()))
     code, out, err = call(capsys, "inspect", "a")
-    assert (code, out) == (130, "") and "the same command goes on" in err
+    assert (code, out, err.strip()) == (130, "", "interrupted")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["triptych.run"], "run", raises(KeyboardInterrupt()))
+        code, _, err = call(capsys, "convert", "a", "b", "--to", "split")
+    assert code == 130 and "the same command goes on where this one stopped" in err
     monkeypatch.setattr(checkpoint, "inspect", raises(ZeroDivisionError("a bug")))
     code, out, err = call(capsys, "inspect", "a")
     assert (code, out) == (70, "") and "Traceback" in err

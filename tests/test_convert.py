@@ -424,7 +424,7 @@ def test_an_unfinished_run_of_something_else_is_refused(tmp_path: Path) -> None:
     left = files.snapshot(tmp_path / "b")
     with pytest.raises(PlanError, match="another conversion is unfinished here"):
         tt.convert(tmp_path / "a", tmp_path / "b", "h d (q|k|v)")
-    with pytest.raises(FormatError, match="no checkpoint in this folder"):
+    with pytest.raises(FormatError, match="the input is an unfinished conversion"):
         tt.inspect(tmp_path / "b")
     os.utime(tmp_path / "a" / "model-00001-of-00003.safetensors", ns=(1, 1))
     with pytest.raises(PlanError, match="the input has changed"):
@@ -468,6 +468,17 @@ def test_the_same_input_gives_the_same_bytes_anywhere(tmp_path: Path) -> None:
     assert files.snapshot(tmp_path / "b") == files.snapshot(tmp_path / "b2")
 
 
+def test_an_output_that_appears_after_the_plan_is_left_alone(tmp_path: Path) -> None:
+    files.checkpoint(tmp_path / "a", [{"x.query_key_value.weight": ("F32", (18, 5))}])
+    given = {"*": "h (q|k|v) d @ 0"}
+    made = tt.plan(tmp_path / "a" / "model.safetensors", "(q|k|v) h d", tmp_path / "b.safetensors", layouts=given, h=2)
+    (tmp_path / "b.safetensors").write_bytes(b"another's")
+    with pytest.raises(PlanError, match="the output exists"):
+        run.run(made)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b.safetensors"]
+    assert (tmp_path / "b.safetensors").read_bytes() == b"another's"
+
+
 def test_links_are_read_through_and_never_written_through(tmp_path: Path) -> None:
     files.checkpoint(tmp_path / "blobs", neox(), NEOX)
     (tmp_path / "a").mkdir()
@@ -489,6 +500,46 @@ def test_systems_that_cannot_preallocate(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "posix_fallocate", refuses)
     tt.convert(tmp_path / "a", tmp_path / "c", "split")
     monkeypatch.delattr(os, "posix_fallocate")
+    tt.convert(tmp_path / "a", tmp_path / "d", "split")
+    assert files.snapshot(tmp_path / "b") == files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "d")
+
+
+def test_what_is_written_is_hastened_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each large tensor once it is whole, in portions, before the file is synced; a system that cannot writes the same."""
+    files.checkpoint(tmp_path / "a", neox(1), NEOX)
+    monkeypatch.setattr(run, "WINDOW", 1000)
+    monkeypatch.setattr(mover, "PORTION", 300)
+    made = tt.plan(tmp_path / "a", "split", tmp_path / "b")
+    fsync, real = os.fsync, os.posix_fadvise
+    events: list[tuple[str, range | None]] = []
+
+    def told(fd: int, at: int, size: int, advice: int) -> None:
+        assert 0 < size <= 300 and advice == os.POSIX_FADV_DONTNEED
+        events.append((str(Path(f"/proc/self/fd/{fd}").readlink()), range(at, at + size)))
+        real(fd, at, size, advice)
+
+    def synced(fd: int) -> None:
+        events.append((str(Path(f"/proc/self/fd/{fd}").readlink()), None))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "posix_fadvise", told)
+    monkeypatch.setattr(os, "fsync", synced)
+    run.run(made, workers=1)
+    (file,) = made.files
+    large = [step for step in file.steps if step.size >= 1000]
+    base = len(made.headers[file.name])
+    part = str(tmp_path / "b" / f".{file.name}.triptych-part")
+    mine = [what for name, what in events if name == part]
+    assert mine.pop() is None, "the sync comes last"
+    assert [byte for what in mine for byte in what or ()] == [base + step.start + i for step in large for i in range(step.size)]
+    assert 0 < len(large) < len(file.steps)
+
+    def refuses(*args: Any) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuses)
+    tt.convert(tmp_path / "a", tmp_path / "c", "split")
+    monkeypatch.delattr(os, "posix_fadvise")
     tt.convert(tmp_path / "a", tmp_path / "d", "split")
     assert files.snapshot(tmp_path / "b") == files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "d")
 

@@ -18,16 +18,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import triptych as tt
-from triptych import portions
+from triptych import output, portions
 from triptych.output import output_of
 from triptych.place import MARKER
 from triptych.progress import Lines
 from triptych.steps import OutFile
 
-from . import files
+from . import files, remote_servers
+from .remote_servers import Bucket
 from .test_convert import NEOX, neox
 
 TO = "(q|k|v) h d"
+server, bucket = remote_servers.server, remote_servers.bucket
 
 
 @pytest.fixture
@@ -79,6 +81,35 @@ def test_a_share_that_is_missing(source: Path, tmp_path: Path) -> None:
         tt.convert(
             next(source.glob("*.safetensors")), tmp_path / "d.safetensors", TO, share=(1, 2), layouts={"*query_key_value*": "h (q|k|v) d"}
         )
+
+
+def test_a_share_that_is_started_twice(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler that starts a job again while the first one lives: the second is refused, and takes nothing from the first."""
+    monkeypatch.setattr(output, "PATIENCE", 0.2)
+    begun, go = threading.Event(), threading.Event()
+
+    def stop(size: int) -> None:
+        begun.set()
+        assert go.wait(60)
+
+    first = threading.Thread(target=lambda: tt.convert(source, tmp_path / "c", TO, share=(1, 1), progress=stop, workers=1))
+    first.start()
+    try:
+        assert begun.wait(60)
+        before = files.snapshot(tmp_path / "c")
+        for share in ((1, 1), (1, 2)):
+            with pytest.raises(tt.PlanError, match="another run is writing this file") as caught:
+                tt.convert(source, tmp_path / "c", TO, share=share)
+            assert caught.value.exit_code == 4
+        assert before.items() <= files.snapshot(tmp_path / "c").items(), "what the first one has begun is as it was"
+        with pytest.raises(tt.PlanError, match="another run is writing this output"):
+            tt.convert(source, tmp_path / "c", TO, finish=True)
+    finally:
+        go.set()
+        first.join()
+    tt.convert(source, tmp_path / "c", TO, finish=True)
+    tt.convert(source, tmp_path / "b", TO)
+    assert files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "b")
 
 
 # Files in parts
@@ -180,7 +211,8 @@ def test_a_record_holds_as_long_as_its_file(one_file: Path, tmp_path: Path, divi
 
 
 @pytest.fixture(scope="module")
-def cluster() -> object:
+def cluster(server: Bucket) -> object:
+    """Two workers, with the environment of the store."""
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
@@ -235,6 +267,36 @@ def test_a_killed_ray_worker(source: Path, tmp_path: Path, cluster: object) -> N
         hunter.join()
     tt.convert(source, tmp_path / "b", TO)
     assert killed and files.snapshot(tmp_path / "c") == files.snapshot(tmp_path / "b")
+
+
+def test_a_ray_worker_killed_in_an_upload(source: Path, tmp_path: Path, cluster: object, bucket: Bucket) -> None:
+    """From a store to a store: the object is begun again elsewhere, and the upload that was left half-way is ended."""
+    from triptych.run_ray import on_ray
+
+    (source / "large.data").write_bytes(os.urandom(40_000_000))
+    bucket.put("a/", files.snapshot(source))
+    killed: list[int] = []
+    over = threading.Event()
+
+    def hunt() -> None:
+        while not over.is_set() and not killed:
+            if "c/large.data" in bucket.uploads():
+                for process in psutil.process_iter():
+                    with contextlib.suppress(psutil.Error):
+                        if process.name().startswith("ray::_do"):
+                            process.kill()
+                            killed.append(process.pid)
+            time.sleep(0.01)
+
+    hunter = threading.Thread(target=hunt)
+    hunter.start()
+    try:
+        tt.convert("s3://bucket/a", "s3://bucket/c", TO, engine=on_ray())
+    finally:
+        over.set()
+        hunter.join()
+    tt.convert(source, tmp_path / "b", TO)
+    assert killed and bucket.snapshot("c/") == files.snapshot(tmp_path / "b")
 
 
 def test_progress_lines() -> None:

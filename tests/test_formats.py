@@ -17,6 +17,7 @@ from tests.files import entry, raw
 from triptych import formats
 from triptych.errors import FormatError
 from triptych.formats import BITS, header_bytes, nbytes, read, read_header
+from triptych.lint import lint
 
 DTYPES = [torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.bfloat16, torch.float16,
           torch.uint16, torch.int32, torch.float32, torch.float64, torch.complex64, torch.int64]  # fmt: skip
@@ -158,6 +159,42 @@ def test_folders(tmp_path: Path) -> None:
 def test_other_names_of_the_only_file(tmp_path: Path) -> None:
     files.safetensors(tmp_path / "adapter_model.safetensors", SHARDS[0])
     assert [file.file for file in read(tmp_path).files] == ["adapter_model.safetensors"]
+
+
+def one_file(folder: Path) -> Path:
+    folder.mkdir()
+    save_file({"a": torch.zeros(3)}, folder / "model.safetensors")
+    return folder
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out_silently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = one_file(tmp_path / "a")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"y")
+    assert [other.name for other in read(folder).others] == ["onnx/model.onnx"]
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("onnx"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(FormatError, match="a folder cannot be read") as caught:
+        read(folder)
+    assert caught.value.fields["file"] == str(folder / "onnx")
+    assert [(one.rule, one.file) for one in lint(folder).findings] == [("unreadable-file", "onnx")]
+
+
+def test_a_link_to_a_folder_is_left_out_and_said_so(tmp_path: Path) -> None:
+    folder = one_file(tmp_path / "a")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "b").write_bytes(b"y")
+    (folder / "link").symlink_to(tmp_path / "far")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "c").write_bytes(b"z")
+    found = read(folder)
+    assert (found.others, found.notes) == ((), ("link is left out: a link to a folder",))
 
 
 def test_a_snapshot_of_links_is_read_through_them(tmp_path: Path) -> None:

@@ -67,4 +67,4 @@ def test_a_damaged_certificate_is_no_pass(right: Case, tmp_path: Path) -> None:
         assert old in text
         (tmp_path / "c.json").write_text(text.replace(old, new))
         assert injected.certificate_sees(tmp_path / "c.json", right.out) and injected.script_sees(CHECK, tmp_path / "c.json", right.out)
-    assert tt.verify(right.path, right.out, layouts=GIVEN, **SIZES).projections == 6
+    assert tt.verify(right.path, right.out, layouts=GIVEN, **SIZES).projections == 8

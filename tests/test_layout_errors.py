@@ -115,9 +115,21 @@ def test_what_is_no_layout_at_all(value: object, match: str) -> None:
         Layout(value)  # type: ignore[arg-type]
 
 
-def test_too_many_parts() -> None:
+@pytest.mark.parametrize("text", ["(" + "|".join(f"p{i}" for i in range(257)) + ")", " ".join(f"(a{i}=b{i})" for i in range(9))])
+def test_too_many_parts(text: str) -> None:
     with pytest.raises(LayoutSyntaxError, match="more than 256 parts"):
-        Layout("(" + "|".join(f"p{i}" for i in range(257)) + ")")
+        Layout(text)
+
+
+@pytest.mark.parametrize("word", ["x{}", "(p{})", "x{0} (p{0})"])
+def test_a_way_that_is_too_long(word: str) -> None:
+    def ways(count: int) -> str:
+        return " ".join(word.format(i) for i in range(count))
+
+    most = 64 // len(word.split())
+    assert len(Layout(ways(most)).paths) == 1
+    with pytest.raises(LayoutSyntaxError, match="more than 64 axes and brackets on the way to a part"):
+        Layout(ways(most + 1))
 
 
 SIZES = [

@@ -170,7 +170,7 @@ def test_what_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     asked: list[tuple[int, int]] = []
 
     class File:
-        size = len(data)
+        size, url = len(data), "x"
 
         def parts(self, start: int, stop: int) -> Iterator[bytes]:
             assert 0 < stop - start <= 16

@@ -8,14 +8,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import triptych as tt
-from triptych import remote
+from triptych import remote, remote_gs
 from triptych.place import MARKER
+from triptych.remote_gs import GS
 
 from . import files, remote_servers
+from .remote_relay import relayed
 from .remote_servers import Store, gcs
 
 source, done, small = remote_servers.source, remote_servers.done, remote_servers.small
@@ -85,3 +88,43 @@ def test_what_is_not_there(store: Store, source: Path) -> None:
         tt.inspect("gs://bucket/none")
     with pytest.raises(tt.OutputError):
         tt.convert(source, "gs://nobody-has-this/x", "split")
+
+
+def test_an_answer_is_lost(store: Store, source: Path, done: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a session has is asked before anything is sent again; one that is complete is found complete."""
+    asked: list[str] = []
+
+    def lose(number: int, method: str, path: str) -> str | None:
+        asked.extend([path] if method == "PUT" else [])
+        return None if method != "PUT" or len(asked) % 2 == 0 else "lost" if len(asked) > 1 else "reset"
+
+    with relayed(os.environ["STORAGE_EMULATOR_HOST"]) as (url, relay):
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+        remote._store.cache_clear()
+        relay.set(lose)
+        tt.convert(source, "gs://bucket/b", "split", workers=1)
+        assert relay.garbled == 0
+    remote._store.cache_clear()
+    assert store.snapshot("b/") == done and len(asked) == 8
+
+
+def test_contents_that_are_gone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for is one generation of an object, which Google (not the emulator) answers with 404 when there is another one in its place."""
+    asked, send = list[str](), remote_gs.send
+
+    def strict(method: str, url: str, *args: Any, **more: Any) -> Any:
+        if "generation=" in url:
+            asked.append(url)
+            url = url if f"generation={GS().info('gs://bucket/x').tag}" in url else url.replace("/o/x", "/o/gone")
+        return send(method, url, *args, **more)
+
+    monkeypatch.setattr(remote_gs, "send", strict)
+    remote.put("gs://bucket/x", b"one", "")
+    file = remote.RemoteFile("gs://bucket/x")
+    assert file.read(0, 3) == b"one" and asked
+    remote.put("gs://bucket/x", b"two", file.info.tag)
+    with pytest.raises(tt.FormatError, match="changed while it was read"):
+        file.read(0, 3)
+    remote.remove("gs://bucket/x")
+    with pytest.raises(tt.FormatError, match="no such file"):
+        file.read(0, 3)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +28,7 @@ OUT = "s3://bucket/b"
 
 
 @contextmanager
-def halted(source: Path, out: str = OUT) -> Iterator[None]:
+def halted(source: Path, **more: Any) -> Iterator[None]:
     """A run that has begun to write and stays where it is while the context lasts; then it goes on to its end."""
     begun, go = threading.Event(), threading.Event()
     ended: list[BaseException | None] = []
@@ -36,7 +39,7 @@ def halted(source: Path, out: str = OUT) -> Iterator[None]:
 
     def run() -> None:
         try:
-            tt.convert(source, out, "split", progress=stop)
+            tt.convert(source, OUT, "split", progress=stop, **more)
             ended.append(None)
         except BaseException as error:
             ended.append(error)
@@ -142,3 +145,51 @@ def test_one_file_has_a_lock_beside_it(bucket: Bucket, tmp_path: Path) -> None:
     bucket.empty()
     tt.convert(tmp_path / "x.safetensors", out, **asked)
     assert bucket.names() == ["y.safetensors"]
+
+
+# Shares
+
+
+def test_a_share_that_is_started_twice(bucket: Bucket, source: Path, done: dict[str, bytes]) -> None:
+    """A scheduler that starts a job again while the first one lives: the second is refused, and the first goes on."""
+    with halted(source, share=(1, 2)):
+        with pytest.raises(tt.PlanError, match="another run is writing this share") as caught:
+            tt.convert(source, OUT, "split", share=(1, 2))
+        assert caught.value.exit_code == 4
+        with pytest.raises(tt.PlanError, match="another run is writing this share"):
+            tt.convert(source, OUT, "split")
+        tt.convert(source, OUT, "split", share=(2, 2))
+        with pytest.raises(tt.PlanError, match="another run is writing this share"):
+            tt.convert(source, OUT, "split", finish=True)
+    tt.convert(source, OUT, "split", finish=True)
+    assert bucket.snapshot("b/") == done
+
+
+def test_a_killed_share_is_continued(bucket: Bucket, source: Path, done: dict[str, bytes]) -> None:
+    slow = "import sys, time, triptych as tt; from triptych import remote; commit = remote.Upload.commit\n"
+    slow += "remote.Upload.commit = lambda self: commit(self) if self._small is not None else (self._flush(True), time.sleep(99))\n"
+    code = f"{slow}tt.convert(sys.argv[1], {OUT!r}, 'split', share=(1, 2))"
+    ran = subprocess.Popen([sys.executable, "-c", code, str(source)])
+    until = time.monotonic() + 40
+    while not bucket.uploads() and time.monotonic() < until:
+        time.sleep(0.01)
+    ran.kill()
+    ran.wait()
+    tt.convert(source, OUT, "split", share=(2, 2))
+    before = bucket.snapshot("b/")
+    assert ".triptych-share-1-of-2.json" in before and bucket.uploads() != []
+    with pytest.raises(tt.PlanError, match="shares are missing") as caught:
+        tt.convert(source, OUT, "split", finish=True)
+    assert "model-00001-of-00002.safetensors" in str(caught.value)
+    assert {**bucket.snapshot("b/"), MARKER: b""} == {**before, MARKER: b""}
+    tt.convert(source, OUT, "split", share=(1, 2))
+    tt.convert(source, OUT, "split", finish=True)
+    assert bucket.snapshot("b/") == done
+
+
+def test_a_share_that_never_came_back(bucket: Bucket, source: Path, done: dict[str, bytes]) -> None:
+    """One run without shares does what is missing, and leaves nothing of them."""
+    tt.convert(source, OUT, "split", share=(2, 2))
+    bucket.put("b/", {".triptych-share-1-of-2.json": bucket.snapshot("b/")[MARKER].replace(b'"run": null', b'"run": "x"')})
+    tt.convert(source, OUT, "split")
+    assert bucket.snapshot("b/") == done

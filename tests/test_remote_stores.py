@@ -64,7 +64,7 @@ class Answer:
     def __init__(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         self.status, self.headers, self.body, self.reason = status, headers, body, "-"
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, decode_content: bool | None = None) -> bytes:
         part, self.body = self.body[:size], self.body[size:]
         return part
 

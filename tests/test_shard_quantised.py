@@ -218,3 +218,22 @@ def test_packed_numbers_of_no_known_kind_are_refused(tmp_path: Path) -> None:
         tt.shard_plan(tmp_path / "three", 2)
     assert error.value.fields["try"] == f"--rule '{name}.*=copy'"
     assert all(whole.cut is None for whole in tt.shard_plan(tmp_path / "three", 2, rules={f"{name}.*": "copy"}).wholes)
+
+
+def test_one_word_for_all_rows_is_not_copied(tmp_path: Path) -> None:
+    """A rank with half the rows would take the numbers of the first half for its own."""
+    config = {**CONFIG, "num_key_value_heads": 1, "num_attention_heads": 2}
+    tensors: Arrays = {}
+    for seed, (name, rows) in enumerate((("q", 2 * D), ("k", D), ("v", D))):
+        tensors |= {f"{A}{name}_proj.{word}": x for word, x in quantised("compressed", 4, rows, HID, seed)[0].items()}
+    assert tensors[f"{A}k_proj.weight_zero_point"].shape[0] == 1
+    write(tmp_path / "a", tensors, told_of("compressed", 4), config)
+    assert tt.shard_plan(tmp_path / "a", 2).plan.files
+    with pytest.raises(PlanError, match="a block of 8 rows crosses a boundary") as error:
+        tt.shard_plan(tmp_path / "a", 2, kv="rows")
+    assert error.value.fields["tensor"] == f"{A}k_proj.weight_zero_point"
+    stored, _ = quantised("gptq", 4, HID, 8, 0)
+    write(tmp_path / "b", {f"{M}down_proj.{word}": x for word, x in stored.items()}, told_of("gptq", 4))
+    with pytest.raises(PlanError, match="a block of 8 rows crosses a boundary") as error:
+        tt.shard_plan(tmp_path / "b", 2)
+    assert error.value.fields["tensor"] == f"{M}down_proj.qweight"

@@ -185,6 +185,8 @@ def test_aliases_and_zeros() -> None:
     assert torch.equal(tt.repack(with_zero, "h (q|k=0|v) d", "(q|v) h d", h=3), bias)
     with pytest.raises(tt.LayoutError, match="declares zero are not zero"):
         tt.repack(torch.ones(45), "h (q|k=0|v) d", "(q|v) h d", h=3)
+    with pytest.raises(tt.LayoutError, match="declares zero are not zero"):  # a bit would be lost
+        tt.repack(torch.tensor([1.0, -0.0, 2.0]), "(q|k=0|v) d", "(q|v) d", d=1)
 
 
 def test_raw_index_lists() -> None:
@@ -203,6 +205,11 @@ def test_parts_pickle_and_name_what_is_missing() -> None:
     assert np.array_equal(again.q, split.q) and again.names == ("q", "k", "v")
     with pytest.raises(AttributeError, match="no part 'z'; there are q, k, v"):
         _ = split.z
+
+
+def test_a_part_with_the_name_of_a_method_of_tuples() -> None:
+    split = tt.split(np.arange(6), "(count|index|names) d", d=2)
+    assert [split[name].tolist() for name in split.names] == [[[0, 1]], [[2, 3]], [[4, 5]]]
 
 
 def test_compile_and_vmap() -> None:
@@ -224,6 +231,8 @@ def test_compile_and_vmap() -> None:
         (lambda: tt.fuse({"q": torch.randn(2, 3), "k": torch.randn(2, 4)}, "h (q|k) d"), "a part does not fit"),
         (lambda: tt.fuse({"q": torch.randn(2, 3), "k": torch.randn(2, 3)}, "h (q|k) d", out=torch.empty(13)), "`out` does not fit"),
         (lambda: tt.fuse({}, "(k=0)"), "at least one part"),
+        (lambda: tt.fuse((np.zeros((2, 3), "f4"), np.zeros((2, 3), "f8")), "h (q|k) d"), "parts have different dtypes"),
+        (lambda: tt.fuse((torch.randn(2, 3), np.zeros((2, 3), "f4")), "h (q|k) d"), "parts have different dtypes"),
         (lambda: tt.repack(torch.randn(12), "h (q|k|v) d", "h (q|k) d", h=2), "do not label the same rows"),
         (
             lambda: tt.repack(torch.randn(12), "h (q|k|v) d", "(q|k|v) h d", h=2, out=torch.empty(12, dtype=torch.float64)),

@@ -27,6 +27,7 @@ from triptych.formats.safetensors import read_header as read_safetensors
 from triptych.formats.torch_zip import DTYPES, Strided, TorchFile, read
 from triptych.formats.unpickle import load
 
+from . import crafted
 from .crafted import archive
 
 WORDS = sorted(DTYPES)
@@ -366,3 +367,12 @@ def test_a_pickle_is_data() -> None:
     assert load(pickle.dumps(value, 2), "f", 1000) == ["a", value["a"], "b", "x"]
     with pytest.raises(FormatError, match="too long"):
         load(pickle.dumps(list(range(100)), 2), "f", 50)
+
+
+@pytest.mark.parametrize(("mark", "at", "says"), [(b"PK\1\2", 20, "a stored record has two sizes"), (b"PK\5\6", 20, "has a comment")])
+def test_an_archive_that_says_two_things(tmp_path: Path, mark: bytes, at: int, says: str) -> None:
+    content = bytearray(crafted.torch_file(crafted.table(w=crafted.tensor())))
+    content[content.rindex(mark) + at] ^= 1
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(FormatError, match=says):
+        read(tmp_path / "a.bin")

@@ -14,7 +14,7 @@ import triptych as tt
 from tests import files, packings
 from triptych.errors import FormatError, MismatchError, PlanError
 from triptych.layout import Layout
-from triptych.listing import listing
+from triptych.listing import listing, origins
 from triptych.sizes import bind
 
 H, G, D, IN = 6, 2, 4, 10
@@ -247,3 +247,17 @@ def test_files_that_end_early(pair: tuple[Path, Path]) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(FormatError, match="cut short"):
         tt.verify(*pair)
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets", "says"),
+    [
+        (["(q h)", "(q h)"], ["(q h)"], "part q, head 0, dim 0 stands twice in the input"),
+        (["(q h)"], ["(q|k) h"], "part k, head 0, dim 0 of the output is not in the input"),
+        (["(q|k) h"], ["(q h)"], "part k, head 0, dim 0 of the input is not in the output"),
+        (["(q|k) h"], ["(q=k h)"], "part q, head 0, dim 0 of the output is two rows of the input"),
+    ],
+)
+def test_rows_that_differ_by_their_labels_are_named(sources: list[str], targets: list[str], says: str) -> None:
+    old, new = (tuple(map(Layout, side)) for side in (sources, targets))
+    assert origins(old, new, bind(*old, h=2), bind(*new, h=2)) == says

@@ -15,12 +15,14 @@ Tensor = Any
 
 
 def normal_axis(axis: int, ndim: int, shape: tuple[int, ...]) -> int:
+    """An axis counted from the first one. Raises SizeError where there is none."""
     if not -ndim <= axis < ndim:
         raise SizeError("no such axis", expected=f"{-ndim} to {ndim - 1}", found=f"axis {axis} of {tuple(shape)}")
     return axis % ndim
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor. Raises LayoutError for what is none."""
     try:
         return tuple(tensor.shape)
     except AttributeError:
@@ -28,23 +30,27 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def permute(tensor: Tensor, axis: int, perm: tuple[int, ...]) -> Tensor:
+    """A view in which the axes from `axis` on stand in the order `perm`."""
     order = (*range(axis), *(axis + i for i in perm), *range(axis + len(perm), tensor.ndim))
     return tensor.transpose(order) if isinstance(tensor, np.ndarray) else tensor.permute(order)
 
 
 def unbind(tensor: Tensor, axis: int) -> Sequence[Tensor]:
+    """Views of the slices along an axis, which they lose."""
     if isinstance(tensor, np.ndarray):
         return [tensor[(slice(None),) * axis + (i,)] for i in range(tensor.shape[axis])]
     return tensor.unbind(axis)  # type: ignore[no-any-return]
 
 
 def window(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
+    """A view of `length` slices along an axis."""
     if isinstance(tensor, np.ndarray):
         return tensor[(slice(None),) * axis + (slice(start, start + length),)]
     return tensor.narrow(axis, start, length)
 
 
 def join(pieces: Sequence[Tensor], axis: int, new_axis: bool) -> Tensor:
+    """A new tensor of all pieces one after the other along an axis, or along a new one."""
     if isinstance(pieces[0], np.ndarray):
         return np.stack(pieces, axis) if new_axis else np.concatenate(pieces, axis)
     torch = sys.modules["torch"]
@@ -87,6 +93,7 @@ def tracks_gradients(tensor: Tensor) -> bool:
 
 
 def overlaps(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may share memory."""
     if isinstance(a, np.ndarray):
         return isinstance(b, np.ndarray) and np.may_share_memory(a, b)
     spans = []

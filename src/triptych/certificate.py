@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from . import formats, ranges, stamp
 from .agree import checked
 from .axes import ATOMS
-from .errors import FormatError, LayoutError, MismatchError, PlanError
+from .errors import FormatError, LayoutError, MismatchError, OutputError, PlanError
 from .expected import Claim
 from .formats import Stored, Tensor
 from .layout import Layout, count
@@ -31,7 +31,7 @@ from .listing import Origin, Turn, origins
 from .packed import Packed
 from .pieces import in_bytes
 from .ranges import Ranges
-from .ranked import ranks_below
+from .ranked import are_ranks
 from .remote_skeleton import reading_urls
 from .rope import Rope, named, sizes_of
 from .rowproof import Proof
@@ -52,13 +52,15 @@ class Certificate:
         return dict(self.table)
 
     def write(self, path: str | Path) -> None:
-        """A new file. Raises PlanError when there is one."""
+        """A new file. Raises PlanError when there is one, OutputError when it cannot be written."""
         content = json.dumps(self.table, indent=1).encode() + b"\n"
         try:
             with Path(path).open("xb") as file:
                 file.write(content)
         except FileExistsError:
             raise PlanError("the certificate exists", where=str(path), try_="remove it, or give another name") from None
+        except OSError as error:
+            raise OutputError("the certificate cannot be written", where=str(path), found=error.strerror or str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def certify(
 
     Raises PlanError too, for ranks, and where the record of the input is ambiguous and its weights do not settle it.
     """
-    if ranks := next((place for place in (path, out) if ranks_below(place)), None):
+    if ranks := next((place for place in (path, out) if are_ranks(place)), None):
         raise PlanError("ranks have no certificate", where=str(ranks), try_="merge them, and certify the whole")
     proved = prove(path, out, to, rope=rope, orientation=orientation, overrides=overrides, names=names, layouts=layouts, records=records,
                    **sizes)  # fmt: skip

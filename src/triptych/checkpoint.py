@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from glob import escape
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import axes, families, formats, packed, quantised, stamp
+from .errors import PlanError, SizeError
 from .families import Record
 from .formats import Stored
-from .layout import Layout
+from .layout import Layout, with_brackets
 from .packed import Packed
 from .pieces import alone, base_names, in_bytes, shown, star
 from .remote_skeleton import skeleton
+from .rope import named, order_named, rope_of
 from .sizes import bind
 
 if TYPE_CHECKING:
@@ -149,16 +150,21 @@ def known(
     said = declared(shapes)
     record = {name: one for one in said.projections for name in ([one.name] if one.fused else one.parts.values())}
     notes = list(_other_orders(declared, stored, stamped)) if stamped else []
+    notes += [
+        f"{layout} gives its last part alone heads and dims: did you mean {meant}?"
+        for layout, _ in given.values()
+        if (meant := with_brackets(layout))
+    ]
     told: dict[str, families.Projection | stamp.Stamped] = {**record, **stamped}
     hand = {name: packed.by_hand(layout, axis, stored.tensors[name], sizes, told.get(name)) for name, (layout, axis) in given.items()}
     for name in [name for name in hand if name in stamped]:
         packed.must_agree(name, hand.pop(name), stamped[name])
     found = [*packed.from_stamps(stamped), *packed.from_records(said.projections, hand, notes), *packed.from_hand(hand, record)]
-    words, unmoved = quantised.projections(stored, [*map(escape, stamped), *layouts], records, sizes)
-    found += words
+    words, unmoved = quantised.projections(stored, stamped, layouts, records, sizes)
+    found += [*words, *quantised.scales(found, stored, {**stamped, **hand})]
     for one in found:
         packed.check_fit(one, stored.tensors)
-    found = _as_usual(declared, stored, found)
+    found = quantised.as_usual(_as_usual(declared, stored, found, notes), stored, declared, _joining_as)
     spoken = [*(one.layout for one in found), *more, *(layout for layout, _ in given.values())]
     axes.checked(sizes, [axis for layout in spoken for axis in layout.axes])
     firsts = {one.pieces[0].tensor for one in found}
@@ -172,19 +178,39 @@ Declared = Callable[[Mapping[str, tuple[int, ...]]], families.Declaration]
 """What the records say of names and shapes under the config at hand."""
 
 
-def _as_usual(declared: Declared, stored: Stored, found: list[Packed]) -> list[Packed]:
+def _as_usual(declared: Declared, stored: Stored, found: list[Packed], notes: list[str]) -> list[Packed]:
     """Parts that a conversion left apart are joined by default in the order that the record of their family gives the fused tensor."""
-    shapes = {one.name: _joined(one, stored) for one in found if one.source == packed.BY_STAMP and not one.fused}
-    said = declared(shapes).projections if shapes else ()
-    usual = {record.name: record for record in said if record.fused and not record.ambiguous}
-    return [_joining_as(usual[one.name], one) if one.name in shapes and one.name in usual else one for one in found]
+    apart = [one for one in found if one.source == packed.BY_STAMP and not one.fused]
+    if not apart:
+        return found
+    parts = declared({piece.tensor: stored.tensors[piece.tensor].shape for one in apart for piece in one.pieces})
+    joined = declared({one.name: _joined(one, stored) for one in apart})
+    usual = {record.name: record for record in (*parts.projections, *joined.projections) if not record.ambiguous}
+    known = {one.name: usual[one.name] for one in apart if one.name in usual}
+    for one in apart:
+        if one.name in known and known[one.name].rope != one.rope:
+            notes.append(f"the parts of {star(one.name)} are stamped rotary {one.rope}; their record says {known[one.name].rope}, "
+                         f"and the code of {parts.family} reads them so")  # fmt: skip
+    return [_joining_as(known[one.name], one) if one.source == packed.BY_STAMP and one.name in known else one for one in found]
 
 
 def _joining_as(record: families.Projection, one: Packed) -> Packed:
+    """A projection that is joined as a record says, with its pairs named as its parts name them; as it was where they are other rows."""
     own = {base_names(piece.layout)[0]: piece.layout for piece in one.pieces}
-    if record.axis != one.axis or own != {part: alone(record.layout, part) for part in base_names(record.layout)}:
+    rope, order = rope_of(record.rope or ""), next(filter(None, map(order_named, own.values())), None)
+    try:
+        layout = named(record.layout, rope, order) if rope and order else record.layout
+        blocks = {axis: record.sizes[axis] for axis in ("t", "n") if axis in record.sizes}  # parts do not tell of them
+        sizes = bind(layout, *own.values(), **{**blocks, **one.sizes})
+    except (PlanError, SizeError):  # parts of other sizes, or in an order that the fused tensor cannot have
         return one
-    return replace(one, layout=record.layout, sizes=bind(record.layout, *own.values(), **one.sizes))
+    zeros = {name for path in layout.paths if path.zero for name in path.names}
+    parts = {part: alone(layout, part) for part in base_names(layout) if part not in zeros}
+    if record.axis != one.axis or parts.keys() != own.keys():
+        return one
+    alike = (tuple((side, bind(side, **{axis: sizes[axis] for axis in side.axes})) for side in (parts[part], own[part])) for part in own)
+    same = all(packed.same_rows(*a, *b) for a, b in alike)
+    return replace(one, layout=layout, sizes=sizes) if same else one
 
 
 def _joined(one: Packed, stored: Stored) -> tuple[int, ...]:
@@ -199,5 +225,9 @@ def _other_orders(declared: Declared, stored: Stored, stamped: Mapping[str, stam
     said = declared(shapes)
     for one in said.projections:
         told = stamped[one.name] if one.fused else None
-        if told is not None and not packed.same_rows(told.layout, told.sizes, one.layout, one.sizes):
-            yield f"{star(one.name)} is stamped {told.layout}; its record says {one.layout}, and the code of {said.family} reads it so"
+        if told is None:
+            continue
+        here, usual = (packed.Order(side.layout, side.sizes, side.rope) for side in (told, one))
+        if not packed.same_order(here, usual):
+            record = f"{one.layout}, rotary {one.rope}" if told.rope not in (None, one.rope) else str(one.layout)
+            yield f"{star(one.name)} is stamped {told.layout}; its record says {record}, and the code of {said.family} reads it so"

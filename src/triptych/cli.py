@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit; every error is turned into text, or with --json into JSON, here."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if "" in arguments:
+            raise click.UsageError("an argument is empty: a variable of the shell that is not set?")
         result = commands.main(arguments, prog_name="triptych", standalone_mode=False)
         sys.stdout.flush()
         code = result if isinstance(result, int) else 0
@@ -46,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = f"UsageError: {printable(error.format_message())}\n  try      {hint}"
         code = _fail(2, text, {"error": "UsageError", "what": error.format_message(), "try": hint}, arguments)
     except (KeyboardInterrupt, click.Abort):
-        text = "interrupted; the input is untouched, and the same command goes on where this one stopped"
+        writes = list(arguments[:1]) in (["convert"], ["shard"], ["merge"])
+        text = "interrupted" + "; the input is untouched, and the same command goes on where this one stopped" * writes
         code = _fail(INTERRUPTED, text, {"error": "Interrupted", "what": text}, arguments)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -97,7 +97,7 @@ def options(*wanted: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         ),
         "orientation": click.option(
             "--linear/--conv1d", "orientation", default=None, callback=_orientation,
-            help="Store weights [out, in], or [in, out] as transformers' Conv1D does.",
+            help="Store weights of projections (and GPT-2's other Conv1D) [out, in], or [in, out] as transformers' Conv1D does.",
         ),
         "max_shard_size": click.option(
             "--max-shard-size", metavar="SIZE", callback=_bytes, help="Cut the output into files of at most this size, e.g. 5GB.",
@@ -169,6 +169,8 @@ def carry_out(
     """Show what was `made` (a plan, or what holds one), or let `work` carry it out and show what it did."""
     if address and engine != "ray":
         raise click.BadParameter("an address is that of a Ray cluster: --engine ray")
+    if share and finish:
+        raise click.UsageError("--finish comes after all shares: leave --share out", click.get_current_context())
     if dry_run:
         show(made, as_json)
         return

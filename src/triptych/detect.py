@@ -44,6 +44,7 @@ def detect(
     *,
     parts: str = QKV,
     q: Any = None,
+    **sizes: int,
 ) -> Verdict:
     """Which layout a fused weight has, by its values alone.
 
@@ -56,9 +57,17 @@ def detect(
         parts: "q|k|v", "k|v" or "gate|up".
         q: for "k|v", the query projection, [h * d, in], or with axis=1 [in, h * d].
     Returns: a verdict: "confident", "weak" (shown, not to be acted upon) or "cannot tell".
-    Raises LayoutError for tensors that are no matrices or parts of another name, SizeError for a bias of another length.
+    Raises LayoutError for tensors that are no matrices or parts of another name, SizeError for a bias of another length and for `sizes`: a
+        layout is what is asked for, and has no axes yet.
     """
+    if sizes:
+        try_ = ", ".join(f"{word}={sizes[axis]}" for axis, word in (("h", "heads"), ("g", "kv_heads")) if axis in sizes)
+        found = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise SizeError("detect takes heads and kv_heads, no sizes of axes", found=found, try_=try_ or "heads=12, kv_heads=4")
     for name, tensor in (("weight", weight), ("o", o), ("q", q)):
+        if tensor is not None and not hasattr(tensor, "shape"):
+            raise LayoutError("this is no tensor", tensor=name, found=type(tensor).__name__, expected="a NumPy array or a torch tensor",
+                              try_="tt.detect_checkpoint(PATH) reads a file")  # fmt: skip
         if tensor is not None and len(tensor.shape) != 2:
             raise LayoutError("statistics need a matrix", tensor=name, found=f"shape {tuple(tensor.shape)}", expected="two axes")
     rows, columns = int(weight.shape[axis]), int(weight.shape[1 - axis])

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .digests import Digested, Rows
 from .errors import SizeError
 from .formats import nbytes
-from .partners import Couple, Unit, couples
+from .partners import Couple, Unit, constant, couples
 from .pieces import listed, shown, star
 from .ranges import Ranges
 from .remote_skeleton import reading_urls
@@ -198,7 +198,9 @@ def _exchanged(whole: Mapping[int, TensorDiff], found: Sequence[Couple], old: Ra
     for i in whole:
         for side, reader in enumerate((old, new)):
             tensors, axis = found[i][side].tensors, found[i][side].axis
-            keys[side][i] = tensors[0].dtype, tensors[0].shape, np.sort(Rows(reader, tensors, axis).numbers).tobytes()
+            numbers = Rows(reader, tensors, axis).numbers
+            if not constant(numbers):
+                keys[side][i] = tensors[0].dtype, tensors[0].shape, np.sort(numbers).tobytes()
     places = {key: i for i, key in keys[1].items()}
     out = {}
     for i, key in keys[0].items():

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from .axes import ALIASES
 from .checkpoint import Checkpoint
 from .errors import MismatchError, PlanError
 from .formats import Tensor
@@ -61,6 +62,10 @@ class Asked:
     def of(self, packed: Packed) -> Target:
         return next((target for glob, target in self.more if _fits(glob, packed)), self.default)
 
+    def named(self, packed: Packed) -> bool:
+        """Whether a target of its own was asked for; without, only attention is split or joined."""
+        return any(_fits(glob, packed) for glob, _ in self.more)
+
 
 def _fits(glob: str, packed: Packed) -> bool:
     return any(fnmatchcase(name, glob) for name in (packed.name, *(piece.tensor for piece in packed.pieces)))
@@ -98,7 +103,7 @@ def claims(before: Checkpoint, after: Checkpoint, asked: Asked | None, sizes: Ma
         found = list(_as_asked(before, asked, sizes))
     taken = {piece.tensor for packed in before.projections for piece in packed.pieces}
     free = {name: tensor for name, tensor in tensors.items() if name not in taken}
-    found += [*_norms(found, free), *_neighbours(found, free)]
+    found += [*_norms(found, free, after), *_neighbours(found, free, after)]
     if asked is not None and asked.names:
         found = _renamed(found, asked.names)
     _must_agree(found, after)
@@ -106,9 +111,12 @@ def claims(before: Checkpoint, after: Checkpoint, asked: Asked | None, sizes: Ma
 
 
 def _as_told(source: Packed, target: Packed) -> Claim:
-    """By the stamp of the output, or by its record. Dims are told by pairs where the rotary order changed."""
-    turns = (turn_of(source.rope), turn_of(target.rope)) if source.rope != target.rope else (None, None)
-    return Claim(source, target, turns if None not in turns else (None, None))
+    """By the stamp of the output, or by its record. Dims are told by pairs where the two sides tell of them in different ways."""
+    turns = turn_of(source.rope), turn_of(target.rope)
+    alike = source.rope == target.rope and (
+        _names(source.pieces) == _names(target.pieces) or _all_paired(turns[0], (*source.pieces, *target.pieces))
+    )
+    return Claim(source, target, (None, None) if alike or None in turns else turns)
 
 
 # By the words of the conversion
@@ -121,7 +129,7 @@ def _as_asked(before: Checkpoint, asked: Asked, sizes: Mapping[str, int]) -> Ite
     spoken = False
     for packed in before.projections:
         target = asked.of(packed)
-        pieces = _pieces(packed, target)
+        pieces = _pieces(packed, target, packed.kind == "attention" or asked.named(packed))
         spoken |= pieces is not None or target.rope is not None or target.axis is not None
         yield _claim(packed, target, packed.pieces if pieces is None else pieces, sizes, before.stored.tensors)
     if not spoken:
@@ -129,14 +137,14 @@ def _as_asked(before: Checkpoint, asked: Asked, sizes: Mapping[str, int]) -> Ite
         raise PlanError("what was asked for speaks of no projection of the input", where=before.path, expected=asked.default, found=names)
 
 
-def _pieces(packed: Packed, target: Target) -> tuple[Piece, ...] | None:
-    """The output tensors of a projection, or None when the target does not speak of its parts."""
+def _pieces(packed: Packed, target: Target, meant: bool) -> tuple[Piece, ...] | None:
+    """The output tensors of a projection, or None when the target does not speak of its parts, or is not `meant` for such a kind."""
     parts = base_names(packed.layout)
     zeros = frozenset(name for path in packed.layout.paths if path.zero for name in path.names)
     if target.layout is not None:
         spoken = packed.kind != NORM and set(parts) == set(base_names(target.layout)) and (packed.fused or target.join)
         return (Piece(packed.name, with_zeros(target.layout, zeros)),) if spoken else None
-    if packed.kind != "attention" or parts == ("",):
+    if not meant or packed.kind == NORM or parts == ("",):
         return None
     if target.join and not packed.fused:
         return (Piece(packed.name, packed.layout),)
@@ -149,18 +157,21 @@ def _pieces(packed: Packed, target: Target) -> tuple[Piece, ...] | None:
 
 def _claim(packed: Packed, target: Target, pieces: tuple[Piece, ...], given: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Claim:
     layouts = [piece.layout for piece in (*packed.pieces, *pieces)]
-    used = {name for layout in layouts for name in layout.axes}
+    used = {spelt for layout in layouts for name in layout.axes for spelt in (name, ALIASES.get(name, name))}
     sizes = bind(packed.layout, *layouts, **{**packed.sizes, **{name: size for name, size in given.items() if name in used}})
     flat = len(tensors[packed.pieces[0].tensor].shape) == 2
     axis = target.axis if target.axis is not None and flat else packed.axis
     turn, rope = turn_of(packed.rope), packed.rope
-    if turn is None and any({"c", "p"} <= set(piece.layout.axes) for piece in packed.pieces):
-        turn = Turn(ORDERS[0])  # its layout tells the order
-    if turn is None or target.rope is None:
+    if rope is None and (_names(packed.pieces) or _names(pieces)):
+        turn = Turn(ORDERS[0])  # beside layouts that tell the order, d is (c p)
+    order = target.rope or _names(pieces)
+    if turn is None or (order is None and not _names(packed.pieces)) or (not target.rope and _all_paired(turn, (*packed.pieces, *pieces))):
         turns: tuple[Turn | None, Turn | None] = None, None
+    elif order is None:
+        turns = turn, turn
     else:
-        turns = turn, turn._replace(order=target.rope, asked=True)
-        rope = rope and rope.replace(turn.order, target.rope, 1)
+        turns = turn, turn._replace(order=order, asked=target.rope is not None)
+        rope = rope and rope.replace(turn.order, order, 1)
     layout = pieces[0].layout if len(pieces) == 1 else packed.layout
     after = replace(packed, pieces=pieces, layout=layout, sizes=sizes, axis=axis, rope=rope, fused=len(pieces) == 1)
     return Claim(packed, after, turns, True)
@@ -189,20 +200,40 @@ def _renamed(found: Sequence[Claim], names: Iterable[tuple[str, str]]) -> list[C
 # What changes beside a projection
 
 
-def _norms(found: Sequence[Claim], free: Mapping[str, Tensor]) -> Iterator[Claim]:
+def _norms(found: Sequence[Claim], free: Mapping[str, Tensor], after: Checkpoint) -> Iterator[Claim]:
     """Norms of q and k, over the dims of a head or of all heads: they stand as the dims do where a rotary embedding turns them."""
+    stamped = {packed.name for packed in after.projections if packed.source == BY_STAMP}
     beside: dict[str, dict[str, str]] = {}
     for name in free:
-        home, _, module = stem(name)[0].rpartition(".")
-        if part := _norm_part(module):
-            beside.setdefault(home, {})[name] = part
+        words = stem(name)[0].split(".")
+        if words[-2:-1] == ["norms"] and words[-1].isdecimal():  # one for each head
+            words = words[:-2]
+        if part := _norm_part(words[-1]):
+            beside.setdefault(".".join(words[:-1]), {})[name] = part
     for claim in found if beside else ():
         home = stem(claim.source.name)[0].rpartition(".")[0]
-        parts = base_names(claim.source.layout) if claim.turns != (None, None) else ()
+        turned = _paired_as(claim.source, claim.turns[0]) != _paired_as(claim.target, claim.turns[1])
+        parts = base_names(claim.source.layout)
         for name, part in list(beside.get(home, {}).items()):
-            if part in parts:
+            if part in parts and (turned or name in stamped):
                 del beside[home][name]
                 yield _norm(claim, part, free[name])
+
+
+def _paired_as(side: Packed, turn: Turn | None) -> str | None:
+    """The order in which the pairs of a projection lie."""
+    return turn.order if turn and turn.asked else _names(side.pieces) or (turn and turn.order)
+
+
+def _all_paired(turn: Turn | None, pieces: Iterable[Piece]) -> bool:
+    """Whether layouts pair all dims of a head, of which some are turned: then they are told by the language alone."""
+    paired = (piece.layout for piece in pieces if _named(piece.layout))
+    return turn is not None and turn.dims is not None and any(not re.search(r"\b(rot|rope)\b", str(layout)) for layout in paired)
+
+
+def _names(pieces: Iterable[Piece]) -> str | None:
+    """The order of pairs that layouts tell themselves."""
+    return next(filter(None, (_named(piece.layout) for piece in pieces)), None)
 
 
 def _norm_part(module: str) -> str | None:
@@ -242,16 +273,18 @@ def _dims(side: Packed, part: str, heads: bool) -> Layout:
     return Layout(f"({' '.join([part, *(paths[0].heads if heads else ()), dims])})")
 
 
-def _neighbours(found: Sequence[Claim], free: Mapping[str, Tensor]) -> Iterator[Claim]:
-    """Other weights of Conv1D modules, which are stored the other way round when a projection is."""
-    axes = next(((claim.source.axis, claim.target.axis) for claim in found if claim.source.axis != claim.target.axis), None)
-    for name, tensor in free.items() if axes is not None else ():
+def _neighbours(found: Sequence[Claim], free: Mapping[str, Tensor], after: Checkpoint) -> Iterator[Claim]:
+    """Other weights of Conv1D modules, which are stored the other way round when a projection is; and those that were turned back."""
+    turned = next(((claim.source.axis, claim.target.axis) for claim in found if claim.source.axis != claim.target.axis), None)
+    stamped = {packed.name: (packed.axis, packed.axis) for packed in after.projections if packed.source == BY_STAMP}
+    for name, tensor in free.items() if turned or stamped else ():
         begin, suffix = stem(name)
-        if axes and suffix == ".weight" and begin.rpartition(".")[2] in TRANSPOSED and len(tensor.shape) == 2:
+        pair = turned or stamped.get(name)
+        if pair and suffix == ".weight" and begin.rpartition(".")[2] in TRANSPOSED and len(tensor.shape) == 2:
             layout = Layout("f")
-            sizes = bind(layout, f=tensor.shape[axes[0]])
+            sizes = bind(layout, f=tensor.shape[pair[0]])
             sides = [Packed(name, name, True, (Piece(name, layout),), layout, sizes, axis, (), None, LINEAR, "beside Conv1D projections")
-                     for axis in axes]  # fmt: skip
+                     for axis in pair]  # fmt: skip
             yield Claim(sides[0], sides[1])
 
 
@@ -297,9 +330,12 @@ def _must_list(claim: Claim, piece: Piece, packed: Packed, told: Piece) -> None:
 def _must_match(claim: Claim, told: Packed) -> None:
     """A stamp tells of a projection what the input, or the person, tells of it."""
     source, expected = claim.source, claim.target.rope
-    if told is claim.target:  # nobody else speaks: another rotary order must stand in the layout itself
-        turn = turn_of(told.rope)
-        expected = told.rope if turn and any(_named(piece.layout) == turn.order for piece in told.pieces) else source.rope
+    if told is claim.target:  # nobody else speaks: another rotary order than that of the input is proved by the rows
+        turn, mine = turn_of(told.rope), turn_of(source.rope)
+        if source.rope and turn and mine and {_named(piece.layout) for piece in told.pieces} <= {None, turn.order}:
+            expected = source.rope.replace(mine.order, turn.order, 1)
+        else:
+            expected = source.rope
     sides: list[dict[str, object]] = [{"rotary order": expected, "kind": source.kind}, {"rotary order": told.rope, "kind": told.kind}]
     if source.fused and told.fused:
         for side, one in zip(sides, (source, told), strict=True):

@@ -28,12 +28,12 @@ from .packed import BY_RECORD, Packed
 from .packed import given as given_layouts
 from .parallel import BY_HAND, COLUMN, COPY, ROW, STACKED, VOCAB
 from .pieces import alone, star
-from .quantised import Quantised
+from .quantised import Quantised, block_of
 from .rank_sets import Found
 from .sharding import HEADS, POLICIES, Cut, Ranks, along, has_heads, held
 from .shards import Sharded, Whole, check_held
 from .sizes import bind
-from .whole import SCALES, Deciding, block_of
+from .whole import SCALES, Deciding
 
 ENGINE = "vllm==0.33.0:vllm/model_executor/layers/linear.py"
 AT_RUN_TIME = ("internlm2",)

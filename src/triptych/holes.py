@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .errors import FormatError
 from .formats import open_file
-from .remote import BLOCK, RemoteFile, join, nameless, shown, state_of
+from .remote import BLOCK, RemoteFile, join, lay, nameless, shown, state_of
 
 GRAIN = 1 << 20
 """Files are fetched in whole pieces of so many bytes."""
@@ -98,13 +98,6 @@ class Fetched(Opened):
             os.ftruncate(self.fd, self._size)
             self._here.clear()
 
-    def _lay(self, part: bytes, at: int) -> int:
-        try:
-            return os.pwrite(self.fd, part, at)
-        except OSError as error:
-            what, way = "there is no room here for what is read", "TMPDIR names another place"
-            raise FormatError(what, file=shown(self._url), found=error.strerror, try_=way) from None
-
     def _lacking(self, start: int, stop: int) -> list[int]:
         return [grain for grain in range(start // GRAIN, -(-stop // GRAIN)) if grain not in self._here]
 
@@ -129,7 +122,8 @@ class Fetched(Opened):
                 upto = min(first + max(1, BLOCK // GRAIN), last)
                 at = first * GRAIN
                 for part in self._source.parts(at, min(upto * GRAIN, self._size)):
-                    at += self._lay(part, at)
+                    lay(self.fd, part, at, self._url)
+                    at += len(part)
                 self._here.update(range(first, upto))
                 first = upto
 

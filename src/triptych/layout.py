@@ -120,6 +120,25 @@ class Layout:
         return bound | {alias: bound[chief] for alias, chief in axes.ALIASES.items() if chief in bound}
 
 
+def with_brackets(layout: Layout) -> str:
+    """The layout that was perhaps meant where q, k and v have no dims and the last of them has; empty for all others.
+
+    >>> with_brackets(Layout("q|k|v h d")), with_brackets(Layout("q h|k g|v g d")), with_brackets(Layout("q h d|k g d|v g d"))
+    ('(q|k|v) h d', '(q h|k g|v g) d', '')
+    """
+    only = layout.factors[0]
+    if len(layout.factors) > 1 or not isinstance(only, Sum) or not set(layout.parts) <= {"q", "k", "v", "gate", "up"}:
+        return ""
+    *others, last = only.branches
+    taken = {axis for path in layout.paths[:-1] for axis in path.axes}
+    stays = next((i for i in range(len(last.factors), 0, -1) if str(last.factors[i - 1]) in taken), 0)
+    common = " ".join(map(str, last.factors[stays:]))
+    if not others or not common or any(path.dims for path in layout.paths[:-1]) or "(" in common:
+        return ""
+    inner = "|".join(map(str, (*others, Branch(last.names, last.zero, last.factors[:stays]))))
+    return f"({inner}) {common}"
+
+
 def count(factors: tuple[Factor, ...], sizes: Mapping[str, int]) -> int:
     """Rows of a product of factors; a chief name stands for its aliases."""
     total = 1

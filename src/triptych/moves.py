@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from . import axes
-from .beside import NORM, neighbours, norms
+from . import axes, quantised
+from .beside import NORM, Place, check_both, neighbours, norm_at, norms, places_of
 from .checkpoint import Checkpoint
-from .errors import IncompatibleError, PlanError
+from .errors import IncompatibleError, PlanError, SizeError
 from .formats import BITS, Tensor, nbytes
 from .layout import Layout
 from .packed import Packed, Piece
 from .pieces import WORDS, Target, alone, base_names, name_of_part, with_zeros
 from .relay import in_nests, in_turned_nests, relay
-from .rope import Rope, named, names_pairs, other_words, rope_of, sizes_of
+from .rope import Rope, named, names_pairs, names_turned, order_named, other_words, rope_of, with_pairs
 from .sizes import Sizes, bind
 from .stamp import Stamped
 from .steps import Change, Feed, Nest, Step
@@ -69,36 +69,39 @@ class Move(NamedTuple):
 def moves_of(checkpoint: Checkpoint, targets: Targets, sizes: Mapping[str, int]) -> list[Move]:
     """Every projection that its target speaks of, and what changes with it. Raises PlanError when there is nothing to do."""
     stored, projections = checkpoint.stored, checkpoint.projections
+    tensors = stored.tensors
     for glob, _ in targets.more:
         if not any(_fits(glob, packed) for packed in projections):
             raise PlanError("no projection has a name like this", found=glob, where=stored.path, try_="`triptych inspect` lists them")
-    if targets.default.rope or any(target.rope for _, target in targets.more):
-        projections += tuple(norms(projections, stored.tensors))
-    found = [move for packed in projections if (move := _moved(packed, targets, sizes, stored.tensors))]
+    wanted = []
+    for packed in projections:
+        target = _with_order(packed, targets.of(packed))
+        wanted.append((_with_pairs(packed, target), target))
+    found = [move for one in _with_norms(wanted, tensors) if (move := _moved(*one, targets.named(one[0]), sizes, tensors))]
     if not found:
         raise _nothing(checkpoint, targets.default)
     axis = targets.default.axis
     if axis is not None and any(move.axis != move.packed.axis for move in found):
-        rest = neighbours(checkpoint.projections, stored.tensors, 1 - axis)
-        found += [_move(packed, packed.pieces, sizes, axis, None, stored.tensors) for packed in rest]
+        found += [_move(packed, packed.pieces, {}, axis, None, tensors) for packed in neighbours(projections, tensors, 1 - axis)]
     return found
 
 
-def _moved(packed: Packed, targets: Targets, given: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Move | None:
-    """What becomes of one projection, or None when its target does not speak of it."""
-    target = targets.of(packed)
-    before = _with_pairs(packed, target)
+def _moved(packed: Packed, target: Target, named: bool, given: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Move | None:
+    """What becomes of one projection, or None when its target does not speak of it. `named`: whether it has a target of its own."""
     turns = target.axis is not None and len(tensors[packed.pieces[0].tensor].shape) == 2 and not packed.name.endswith(WORDS)
     axis = target.axis if turns and target.axis is not None else packed.axis
     if target.join and not packed.fused and packed.name.endswith(".g_idx"):
         raise PlanError("group numbers of inputs are no rows to join", tensor=packed.name, found=f"one for each part: {packed.layout}",
                         expected="one for the fused weight", try_="fuse the weights before they are quantised")  # fmt: skip
-    pieces = _wanted(before, target, packed.kind == "attention" or targets.named(packed))
+    if target.layout is not None and packed.name.endswith(WORDS) and _speaks(target, packed) and not quantised.by_rows(packed):
+        raise PlanError("packed numbers keep the order of their rows", tensor=packed.name, found=f"{packed.layout}   -> {target.layout}",
+                        try_="--to split; or bring the weights into another order before they are quantised")  # fmt: skip
+    pieces = _wanted(packed, target, packed.kind == "attention" or named)
     if not pieces:  # its parts stay where they are; rotary order and orientation may change
-        pieces = tuple(replace(piece, layout=_ordered(piece.layout, before, target)) for piece in before.pieces)
-        if axis == packed.axis and pieces == before.pieces:
+        pieces = tuple(replace(piece, layout=_ordered(piece.layout, packed, target)) for piece in packed.pieces)
+        if axis == packed.axis and pieces == packed.pieces:
             return None
-    return _move(before, pieces, given, axis, target.rope, tensors)
+    return _move(packed, pieces, given, axis, target.rope, tensors)
 
 
 def _wanted(packed: Packed, target: Target, meant: bool) -> tuple[Piece, ...]:
@@ -106,10 +109,10 @@ def _wanted(packed: Packed, target: Target, meant: bool) -> tuple[Piece, ...]:
     zeros = frozenset(name for path in packed.layout.paths if path.zero for name in path.names)
     parts = base_names(packed.layout)
     if target.layout is not None:
-        if packed.kind == NORM or set(parts) != set(base_names(target.layout)) or not (packed.fused or target.join):
+        if not _speaks(target, packed):
             return ()
         return (Piece(packed.name, _ordered(with_zeros(target.layout, zeros), packed, target)),)
-    if not meant or packed.fused != target.split or not (target.split or target.join) or parts == ("",):
+    if not meant or packed.kind == NORM or packed.fused != target.split or not (target.split or target.join) or parts == ("",):
         return ()
     if target.join:
         return (Piece(packed.name, _ordered(packed.layout, packed, target)),)
@@ -119,6 +122,12 @@ def _wanted(packed: Packed, target: Target, meant: bool) -> tuple[Piece, ...]:
         for part in parts
         if part not in zeros
     )
+
+
+def _speaks(target: Target, packed: Packed) -> bool:
+    """Whether the layout of a target is meant for a projection."""
+    same = target.layout is not None and set(base_names(packed.layout)) == set(base_names(target.layout))
+    return same and packed.kind != NORM and (packed.fused or target.join)
 
 
 def _nothing(checkpoint: Checkpoint, target: Target) -> PlanError:
@@ -152,22 +161,67 @@ def _rope(packed: Packed) -> Rope | None:
     return Rope("half") if any(names_pairs(piece.layout) for piece in packed.pieces) else None
 
 
+def _named_anew(packed: Packed, target: Target) -> Layout | None:
+    """The layout of the result, where it is another one and pairs are named in it or in the source."""
+    layout = target.layout if _speaks(target, packed) else packed.layout if target.join and not packed.fused else None
+    return layout if layout and any(map(names_pairs, [layout, *(piece.layout for piece in packed.pieces)])) else None
+
+
+def _with_order(packed: Packed, target: Target) -> Target:
+    """The target with the rotary order of its result: beside pairs that are named, d lies as is said of it; if nothing is, it is (c p)."""
+    layout, rope = _named_anew(packed, target), rope_of(packed.rope or "")
+    if target.rope or layout is None or rope is None:
+        return target
+    paired = filter(names_pairs, [layout, *(piece.layout for piece in packed.pieces)])
+    if rope.first is not None and not all(map(names_turned, paired)):  # pairs of all dims, of which some are turned: d is (c p)
+        return target
+    return replace(target, rope=order_named(layout) or rope.order)
+
+
+def _turned_to(packed: Packed, target: Target) -> str | None:
+    """The rotary order of the result, where it is another one."""
+    if packed.kind == NORM:
+        return None
+    found = {order_named(piece.layout) for piece in packed.pieces}
+    layout = _named_anew(packed, target)
+    if target.rope is None and layout is not None:
+        order = order_named(layout) or "half"
+        return order if {one or "half" for one in found} != {order} else None
+    return target.rope if found - {None, target.rope} else None
+
+
+def _with_norms(wanted: Sequence[tuple[Packed, Target]], tensors: Mapping[str, Tensor]) -> Iterator[tuple[Packed, Target]]:
+    """All of it, and the norms of q and k where their pairs are turned: those that are projections already, and all others."""
+    turned = [(packed, order) for packed, target in wanted if (order := _turned_to(packed, target))]
+    orders: dict[Place | None, str] = {place: order for packed, order in turned for place in places_of(packed)}
+    taken = {piece.tensor for packed, _ in wanted for piece in packed.pieces}
+    for packed, target in wanted:
+        order = orders.get(norm_at(packed.name)) if packed.kind == NORM else None
+        yield packed, replace(target, rope=order or target.rope)
+    free = {name: tensor for name, tensor in tensors.items() if name not in taken} if turned else {}
+    known = [packed for packed, _ in wanted if _rope(packed) and packed.kind != NORM]
+    check_both([packed for packed, _ in turned], known if turned else [], free)
+    for norm in norms((packed for packed, _ in turned), free):
+        yield norm, Target(rope=orders[norm_at(norm.name)])
+
+
 def _with_pairs(packed: Packed, target: Target) -> Packed:
     """The projection with its rotary pairs named, where their order is asked for."""
     rope = _rope(packed)
     if target.rope is None or rope is None:
         return packed
-    pieces = tuple(replace(piece, layout=named(piece.layout, rope)) for piece in packed.pieces)
-    layout = named(packed.layout, rope)
-    used = {axis for one in (layout, *(piece.layout for piece in pieces)) for axis in one.axes}
-    known = {axis: size for axis, size in packed.sizes.items() if axis in used or axis in axes.ATOMS}
-    known |= {axis: size for axis, size in sizes_of(packed.layout, rope, packed.sizes).items() if axis in used}
-    return replace(packed, pieces=pieces, layout=layout, sizes=bind(layout, *(piece.layout for piece in pieces), **known))
+    (layout, *layouts), sizes = with_pairs((packed.layout, *(piece.layout for piece in packed.pieces)), packed.sizes, rope)
+    pieces = tuple(replace(piece, layout=one) for piece, one in zip(packed.pieces, layouts, strict=True))
+    return replace(packed, pieces=pieces, layout=layout, sizes=sizes)
 
 
 def _ordered(layout: Layout, packed: Packed, target: Target) -> Layout:
     rope = _rope(packed)
-    return layout if target.rope is None or rope is None else named(layout, rope, target.rope)
+    if target.rope is None or rope is None:
+        return layout
+    ordered = named(layout, rope, target.rope)
+    same = [path.axes for path in ordered.paths] == [path.axes for path in layout.paths]
+    return layout if same else ordered  # as it was written
 
 
 # Bytes
@@ -178,8 +232,13 @@ def _move(
 ) -> Move:
     old = tuple(tensors[piece.tensor] for piece in packed.pieces)
     sources, targets = tuple(piece.layout for piece in packed.pieces), tuple(piece.layout for piece in pieces)
-    used = {name for layout in (*sources, *targets) for name in layout.axes}
-    sizes = bind(packed.layout, *sources, *targets, **{**packed.sizes, **{name: size for name, size in given.items() if name in used}})
+    used = {spelt for layout in (*sources, *targets) for name in layout.axes for spelt in (name, axes.ALIASES.get(name, name))}
+    told = {name: size for name, size in given.items() if name in used}
+    for name, size in told.items():
+        if (known := packed.sizes.get(axes.ALIASES.get(name, name), size)) != size:
+            raise SizeError(f"the given size of {name!r} contradicts what is known of a tensor", tensor=old[0].name,
+                            expected=f"{name}={known}   ({packed.source})", found=f"{name}={size}")  # fmt: skip
+    sizes = bind(packed.layout, *sources, *targets, **{**packed.sizes, **told})
     try:
         way = relay(sources, targets, sizes)
     except IncompatibleError as error:

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,16 +21,15 @@ from typing import NamedTuple
 
 from . import remote_out
 from .errors import FormatError, OutputError, PlanError
-from .formats import open_file
+from .formats import MARKER, open_file
 from .mover import write
 from .pieces import listed
-from .place import MARKER, check_begun, marked
+from .place import RECORD, check_begun, marked
 from .remote import cut, is_remote
 from .steps import OutFile, Plan, Source
 
-RECORD = re.compile(r"\.triptych-share-([0-9]+)-of-([0-9]+)\.json")
 PATIENCE = 20.0
-"""Seconds that a share waits for another one that is just beginning or ending."""
+"""Seconds that a share waits for another one that is just beginning or ending, or that writes the same file."""
 
 
 class Output(NamedTuple):
@@ -105,14 +103,14 @@ def names_of(made: Plan) -> list[str]:
 
 
 @contextmanager
-def held(place: Output, shared: bool = False) -> Iterator[bool]:
-    """Hold the place against other runs, with `shared` only against those that do not share; whether this plan made the folder.
+def held(place: Output, share: tuple[int, int] | None = None) -> Iterator[bool]:
+    """Hold the place against other runs, as a share only against those that do not share; whether this plan made the folder.
 
     Raises PlanError when it is not ours to write in.
     """
     made, root = place.plan, place.root
     if isinstance(root, str):
-        with remote_out.holding(made, root, shared):
+        with remote_out.holding(made, root, share):
             yield False
         return
     lock = root / MARKER if made.is_folder else temporary(root / made.files[0].name)
@@ -127,21 +125,21 @@ def held(place: Output, shared: bool = False) -> Iterator[bool]:
             root.rmdir()
         raise OutputError("the output cannot be written", where=made.out, found=error.strerror) from error
     try:
-        if not _lock(fd, lock, shared):
+        if not _lock(fd, lock, (fcntl.LOCK_EX, fcntl.LOCK_SH) if share else (fcntl.LOCK_EX,), PATIENCE if share else 0):
             raise PlanError("another run is writing this output", where=made.out)
         created = _begun(place, root, fd, created) if made.is_folder else False
-        if shared:
+        if share:
             fcntl.flock(fd, fcntl.LOCK_SH)  # others may come in
         yield created
     finally:
         os.close(fd)
 
 
-def _lock(fd: int, path: Path, shared: bool) -> bool:
-    """Lock an open file alone, or with `shared` beside others that share it; False when another run has it."""
-    until = time.monotonic() + PATIENCE
+def _lock(fd: int, path: Path, kinds: tuple[int, ...], patience: float) -> bool:
+    """Lock an open file in one of the ways; False when another run has it, or has removed it, for all of so many seconds."""
+    until = time.monotonic() + patience
     while True:
-        for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) if shared else (fcntl.LOCK_EX,):
+        for kind in kinds:
             try:
                 fcntl.flock(fd, kind | fcntl.LOCK_NB)
             except OSError as error:
@@ -152,7 +150,7 @@ def _lock(fd: int, path: Path, shared: bool) -> bool:
             with suppress(OSError):
                 return os.path.samestat(os.fstat(fd), path.stat())
             return False  # that run has just ended
-        if not shared or time.monotonic() > until:
+        if time.monotonic() >= until:
             return False
         time.sleep(0.02)
 
@@ -245,13 +243,22 @@ def half_done(place: Output) -> list[Path]:
     return [*records(place).values(), *(part for part in parts if os.path.lexists(part))]
 
 
-def drop(place: Output, names: Iterable[str]) -> None:
-    """Remove the half-written forms of some files."""
+def drop(place: Output, names: Iterable[str], share: tuple[int, int] | None = None) -> None:
+    """Remove the half-written forms of some files, but for those that another run is writing."""
     root = place.root
     if isinstance(root, str):
-        remote_out.drop(root, names)
+        remote_out.drop(root, names, share)
     else:
-        _remove(temporary(root / name).unlink for name in names)
+        _remove(partial(_unlink_idle, temporary(root / name)) for name in names)
+
+
+def _unlink_idle(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    finally:
+        os.close(fd)
 
 
 def put(place: Output, name: str, text: bytes) -> None:
@@ -293,14 +300,27 @@ def appear(path: Path, size: int, fill: Callable[[int], None], *, mode: int = 0o
     if not path.parent.is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         sync(path.parent.parent)
-    fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    fd = _anew(part, path, mode, alone)
     try:
+        os.ftruncate(fd, 0)
         allocate(fd, size)
         fill(fd)
         os.fsync(fd)
+        into_place(part, path, alone)  # locked until it has its name
     finally:
         os.close(fd)
-    into_place(part, path, alone)
+
+
+def _anew(part: Path, path: Path, mode: int, alone: bool) -> int:
+    """Open a temporary file, locked: a share that was started twice must not begin what the other one gives its name. Raises PlanError."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        if alone or _lock(fd, part, (fcntl.LOCK_EX,), PATIENCE):  # one file that is the whole output is locked already
+            return fd
+        os.close(fd)
+        if time.monotonic() >= until:
+            raise PlanError("another run is writing this file", where=path, try_="start each share once, and again when it has ended")
 
 
 def written(task: Task, fill: Callable[[int], None], mode: int = 0o666) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import axes
 from .errors import FormatError, PlanError, SizeError
@@ -14,6 +14,7 @@ from .families import Projection
 from .formats import Tensor
 from .layout import Layout, Row, count
 from .pieces import alone, base_names, listed, name_of_part, star, stem, together
+from .rope import Rope, names_pairs, rope_of, with_pairs
 from .sizes import Sizes, bind, does_not_fit
 from .stamp import Stamped
 
@@ -128,22 +129,22 @@ def from_records(projections: Iterable[Projection], hand: Mapping[str, Hand], no
             if said.name not in hand:
                 yield _fused(said.name, said.layout, said.sizes, said.axis, said.parts.items(), ambiguous=said.ambiguous, **more)
             else:
-                _note(said.name, hand[said.name], said.layout, said.sizes, notes)
+                _note(said.name, hand[said.name], Order(said.layout, said.sizes, said.rope), notes)
             continue
         pieces = []
         for part, name in said.parts.items():
             layout = alone(said.layout, part)
             if name in hand:
-                _note(name, hand[name], layout, said.sizes, notes)
+                _note(name, hand[name], Order(layout, said.sizes, said.rope), notes)
                 layout = hand[name].layout
             pieces.append(Piece(name, layout))
         sizes = bind(said.layout, *(piece.layout for piece in pieces), **said.sizes)
         yield _apart(said.name, pieces, said.layout, sizes, said.axis, said.parts.items(), **more)
 
 
-def _note(name: str, hand: Hand, layout: Layout, sizes: Sizes, notes: list[str]) -> None:
-    if not same_rows(hand.layout, hand.sizes, layout, sizes):
-        notes.append(f"{star(name)} is taken as {hand.layout}, as given by hand; its record says {layout}")
+def _note(name: str, hand: Hand, said: Order, notes: list[str]) -> None:
+    if not same_order(Order(hand.layout, hand.sizes, said.rope), said):
+        notes.append(f"{star(name)} is taken as {hand.layout}, as given by hand; its record says {said.layout}")
 
 
 # By stamp
@@ -250,6 +251,37 @@ def same_rows(a: Layout, sizes_a: Sizes, b: Layout, sizes_b: Sizes) -> bool:
     return (a == b and sizes_a.of(a) == sizes_b.of(b)) or _listing(a, sizes_a) == _listing(b, sizes_b)
 
 
+class Order(NamedTuple):
+    """Rows in an order: a sized layout, and what is said of the rotary order beside it."""
+
+    layout: Layout
+    sizes: Sizes
+    rope: str | None
+
+
+@lru_cache(maxsize=256)
+def same_order(one: Order, two: Order) -> bool:
+    """Whether two orders list the same rows alike, rotary pairs told apart where both sides tell of them.
+
+    >>> plain, pairs = Layout("h (nope dn|rope dr)"), Layout("h (nope dn|rope p c)")
+    >>> theirs = Order(pairs, bind(pairs, h=3, dn=5, p=4, c=2), "interleaved")
+    >>> [same_order(Order(plain, bind(plain, h=3, dn=5, dr=8), rope), theirs) for rope in ("interleaved", "half")]
+    [True, False]
+    """
+    ropes = [rope_of(side.rope or "") for side in (one, two)]
+    if None not in ropes and (one.rope, names_pairs(one.layout)) != (two.rope, names_pairs(two.layout)):
+        try:
+            one, two = (_paired(side, rope) for side, rope in zip((one, two), ropes, strict=True) if rope)
+        except PlanError:  # dims that are no pairs
+            return False
+    return same_rows(one.layout, one.sizes, two.layout, two.sizes)
+
+
+def _paired(side: Order, rope: Rope) -> Order:
+    (layout,), sizes = with_pairs((side.layout,), side.sizes, rope)
+    return Order(layout, sizes, side.rope)
+
+
 @lru_cache(maxsize=16)
 def _listing(layout: Layout, sizes: Sizes) -> Sequence[Row]:
     return layout.rows(**sizes)
@@ -265,6 +297,9 @@ def from_hand(hand: Mapping[str, Hand], record: Mapping[str, Projection]) -> Ite
         if len(bases) > 1 or not bases[0]:
             by_rule = {base: name_of_part(name, base) for base in bases if base}
             parts = rule.parts if rule and set(rule.parts) >= set(bases) else by_rule
+            home, _, word = name.rpartition(".")
+            if (weight := record.get(f"{home}.weight")) and not rule and weight.fused and set(weight.parts) >= set(bases):  # X.SCB
+                parts = {part: f"{other.removesuffix('.weight')}.{word}" for part, other in weight.parts.items()}
             more = {"rope": rule.rope, "kind": rule.kind} if rule else {}
             yield _fused(name, told.layout, told.sizes, told.axis, parts.items(), **more)
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -177,12 +178,17 @@ def _by_content(left: Iterable[Tensor], right: Iterable[Tensor], old: Ranges, ne
 
 
 def _same_content(sides: Sequence[Sequence[Tensor]], numbers: Sequence[Sequence[Numbers]]) -> list[tuple[int, int]]:
-    """Tensors of one shape whose rows are the same in some order; of several alike the first with the first."""
+    """Tensors of one shape whose rows are the same in some order, unless all are alike; of several alike the first with the first."""
     keys = [[(t.shape, np.sort(some).tobytes()) for t, some in zip(*side, strict=True)] for side in zip(sides, numbers, strict=True)]
     places: dict[object, list[int]] = {}
     for j, key in reversed(list(enumerate(keys[1]))):
         places.setdefault(key, []).append(j)
-    return [(i, places[key].pop()) for i, key in enumerate(keys[0]) if places.get(key)]
+    return [(i, places[key].pop()) for i, key in enumerate(keys[0]) if places.get(key) and not constant(numbers[0][i])]
+
+
+def constant(numbers: Numbers) -> bool:
+    """Whether all rows of a tensor are one row: any other tensor may have it by chance."""
+    return len(numbers) > 1 and bool((numbers == numbers[0]).all())
 
 
 def _groups(
@@ -190,17 +196,17 @@ def _groups(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """One of a with one or several of b, or several of a with one of b, of as many rows, in the order in which they stand in the one."""
     of_a: dict[int, list[int]] = {}
+    uses = Counter(i for some in links.values() for i in some)
     for j, some in links.items():
         if len(some) == 1:
             of_a.setdefault(next(iter(some)), []).append(j)
-        elif not any(other & some for k, other in links.items() if k != j):
+        elif all(uses[i] == 1 for i in some):
             ones = _in_order_of(numbers[1][j], {i: numbers[0][i] for i in some})
             if sum(sides[0][i].shape[0] for i in ones) == sides[1][j].shape[0]:
                 yield ones, [j]
     for i, found in of_a.items():
         twos = _in_order_of(numbers[0][i], {j: numbers[1][j] for j in found})
-        alone = not any(i in some for j, some in links.items() if j not in twos)
-        if alone and sum(sides[1][j].shape[0] for j in twos) == sides[0][i].shape[0]:
+        if uses[i] == len(found) and sum(sides[1][j].shape[0] for j in twos) == sides[0][i].shape[0]:
             yield [i], twos
 
 

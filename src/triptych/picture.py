@@ -19,7 +19,7 @@ from .catalog import USUAL
 from .columns import Labels, labels, name_of, strip
 from .drawing import GAP, Block, Cell, Code, Facts, Note, Table
 from .errors import IncompatibleError, SizeError
-from .layout import Axis, Layout, count, equation
+from .layout import Axis, Layout, count, equation, with_brackets
 from .render_code import convert_lines, part_line, read_lines, variables
 from .sizes import Sizes, bind
 from .words import order, pairing, span
@@ -160,6 +160,7 @@ def _one(layout: Layout, sizes: Sizes) -> Picture:
         ("layout", str(layout)),
         ("used by", _users(layout)),
         ("order", order(layout)),
+        ("note", f"brackets make axes common to all parts: {meant}" if (meant := with_brackets(layout)) else ""),
         ("sizes", f"{sizes.of(layout)}   {equation(layout.factors, sizes)} = {total} rows"),
         ("repeats", f"{repeats} blocks of {total // repeats} rows" if repeats > 1 else ""),
     ]
@@ -239,12 +240,13 @@ def _two(a: Layout, b: Layout, sizes: Sizes) -> Picture:
     if total != other and why_not:
         if "found" not in why_not.fields:
             raise why_not
+        meant = with_brackets(a) or with_brackets(b)
         raise SizeError(
             "the two layouts have different rows: nothing can be read as both, or converted",
             layout=f"{a}   -> {equation(a.factors, sizes)} = {total} rows\n{b}   -> {equation(b.factors, sizes)} = {other} rows",
             found=f"only in the first: {why_not.fields['found']}",
             expected=f"only in the second: {why_not.fields['expected']}",
-            try_="sizes that give both the same parts, heads and dims",
+            try_=f"did you mean {meant}?" if meant else "sizes that give both the same parts, heads and dims",
         )
     facts = Facts((
         ("rows are", str(a)), ("", _about(a)), ("read as", str(b)), ("", _about(b)), ("sizes", f"{sizes.of(a, b)}   {total} rows"),

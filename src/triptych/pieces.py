@@ -15,9 +15,12 @@ from .layout import Branch, Factor, Layout, Sum
 SPLIT, FUSED, KEEP = "split", "fused", "keep"
 ORIENTATIONS = ("linear", "conv1d")
 """How a weight is stored: [out, in] as in nn.Linear, [in, out] as in transformers' Conv1D."""
-WORDS = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale", ".weight_zero_point")
+WORDS = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv",
+         ".weight_zero_point")  # fmt: skip
 """Ends of the names of packed numbers and what goes with them."""
 SUFFIXES = (".weight", ".bias", "_weight", "_bias", *WORDS)
+WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
+"""Other files with these endings may hold the same weights once more."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,11 @@ def together(layouts: Sequence[Layout]) -> Layout:
     >>> together([Layout("(q h d)"), Layout("(k g d)"), Layout("g (v) d")])
     Layout('q h d|k g d|_ g (v) d')
     """
+    return _together(tuple(layouts))
+
+
+@lru_cache(maxsize=1024)
+def _together(layouts: tuple[Layout, ...]) -> Layout:
     if len(layouts) == 1:
         return layouts[0]
     branches: list[str] = []

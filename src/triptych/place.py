@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import FormatError, PlanError
-from .formats import Stored
+from .errors import PlanError
+from .formats import MARKER, Stored
 from .pieces import in_bytes
 from .steps import Plan
 
-MARKER = ".triptych-unfinished.json"
-"""Lies in an output folder until the conversion is complete."""
+RECORD = re.compile(r"\.triptych-share-([0-9]+)-of-([0-9]+)\.json")
+"""What shares leave: in a folder that they are done, behind a URL, where each file is there or not, that they are at work."""
+
+
+def record_of(share: tuple[int, int]) -> str:
+    return f".triptych-share-{share[0]}-of-{share[1]}.json"
 
 
 def check_place(stored: Stored, out: Path) -> None:
     """That the output may be written there. Raises PlanError: it exists, is inside the input, lies in no folder, is of the wrong kind."""
-    check_whole(stored)
     source, place = stored.path.resolve(), out.resolve()
     if place == source or (stored.is_folder and source in place.parents):
         raise PlanError(
@@ -28,12 +33,6 @@ def check_place(stored: Stored, out: Path) -> None:
     if not place.parent.is_dir():
         raise PlanError("the output has no folder to lie in", where=str(out), expected=f"a folder {out.parent}")
     check_kind(stored, str(out))
-
-
-def check_whole(stored: Stored) -> None:
-    """That the input is no output that was left half-way."""
-    if any(other.name == MARKER for other in stored.others):
-        raise FormatError("the input is an unfinished conversion", file=str(stored.path), try_="run that conversion again first")
 
 
 def check_kind(stored: Stored, out: str) -> None:
@@ -51,13 +50,21 @@ def _may_continue(stored: Stored, out: Path) -> bool:
 
 
 def check_room(made: Plan, out: Path) -> None:
+    """That the output has room, what an unfinished run wrote of it counted. Raises PlanError."""
     room = os.statvfs(out if out.is_dir() else out.resolve().parent)
     free = room.f_bavail * room.f_frsize
-    there = sum(file.stat().st_blocks * 512 for file in out.rglob("*") if file.is_file()) if out.is_dir() else 0
+    there = sum(map(_room_of, out.rglob("*"))) if out.is_dir() else 0
     if made.size > free + there:
         raise PlanError(
             "there is not enough room for the output", where=str(out), expected=in_bytes(made.size), found=f"{in_bytes(free)} free"
         )
+
+
+def _room_of(path: Path) -> int:
+    """Bytes of a file on the disk; none where another share has just given it its name."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_blocks * 512 if path.is_file() else 0
+    return 0
 
 
 def marked(made: Plan) -> dict[str, Any]:

@@ -10,24 +10,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from . import families, settings
 from .agree import checked
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, known
 from .errors import PlanError
-from .formats import METADATA, Tensor, without_gc
+from .families import Record, load_records
+from .formats import METADATA, Tensor, read, without_gc
 from .layout import Layout
 from .moves import Move, Targets, change_of, moves_of
 from .outfiles import bytes_of, files_of, index_of
-from .packed import BY_RECORD, BY_STAMP, Piece, same_rows
-from .pieces import KEEP, ORIENTATIONS, WORDS, Target, listed, star, stem, target_of
+from .packed import BY_RECORD, BY_STAMP, Piece
+from .pieces import KEEP, ORIENTATIONS, WEIGHTS, Target, listed, star, stem, target_of
 from .place import check_place, check_room
 from .remote import is_remote
 from .remote_out import check_remote_place, note_on
 from .remote_skeleton import Skeleton, skeleton
 from .rope import ORDERS
 from .steps import Plan, Source, check
-
-WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
-"""Other files with these endings may hold the same weights once more."""
+from .unknown import refusal
 
 
 @without_gc()
@@ -70,18 +70,22 @@ def plan(
     spoken = [target.layout for target in (targets.default, *(target for _, target in targets.more)) if target.layout]
     place = None if out is None else str(out).rstrip("/") if is_remote(out) else str(out)
     with skeleton(path) as here:
-        checkpoint = open_checkpoint(here.path, layouts or {}, sizes, spoken, records)
+        own = load_records(records) if records else ()
+        checkpoint = known(read(here.path), layouts or {}, sizes, spoken, own)
         if place is not None and is_remote(place):
             check_remote_place(checkpoint.stored, path, place)
         elif place is not None:
             check_place(checkpoint.stored, Path(place))
-        _check_known(checkpoint)
+        if checkpoint.unknown:
+            raise refusal(checkpoint)
         agreements = checked(here.path, checkpoint.projections, checkpoint.stored.tensors, check_weights)
         moves = _renamed(moves_of(checkpoint, targets, sizes), names or {})
         _check_names(moves, checkpoint.stored.tensors)
         _check_companions(moves, checkpoint.stored.tensors)
+        _check_wrapped(moves)
         told = (*here.notes, *(agreement.sentence for agreement in agreements))
         made = _planned(checkpoint, here, targets, moves, shard, place, told)
+        made = _with_config(made, checkpoint, moves, own, sizes)
     check(made, checkpoint.stored.tensors)
     if place is not None and not is_remote(place):
         check_room(made, Path(place))
@@ -112,10 +116,28 @@ def _planned(
     )
 
 
+def _with_config(made: Plan, checkpoint: Checkpoint, moves: Sequence[Move], records: Sequence[Record], sizes: Mapping[str, int]) -> Plan:
+    """The plan with a config.json by which the family's code reads the result, where a switch in it says the order; else with a note."""
+    if not checkpoint.family or any(file.head for file in made.files):
+        return made
+    shapes = {step.tensor: step.shape for file in made.files for step in file.steps}
+    setting = settings.needed(checkpoint, moves, shapes, records, sizes)
+    if setting is None:
+        note = f"config.json still says {checkpoint.family}, whose own code reads the layout before, not the one after"
+        sources = {move.packed.source.partition(" ")[0] for move in moves}
+        unread = BY_RECORD in sources or (BY_STAMP in sources and not settings.is_read(checkpoint, moves, shapes, records, sizes))
+        return replace(made, notes=(*made.notes, note)) if unread else made
+    if not any(copy.name == settings.CONFIG for copy in made.copies):  # the output is one file
+        return replace(made, notes=(*made.notes, f"the code of {checkpoint.family} reads the result with {setting} in config.json"))
+    copies = tuple(copy for copy in made.copies if copy.name != settings.CONFIG)
+    note = f"config.json: {setting}, with which the code of {checkpoint.family} reads the result"
+    return replace(made, copies=copies, texts=((settings.CONFIG, settings.text_of(setting)),), notes=(*made.notes, note))
+
+
 def _targets(to: str | Layout | None, rope: str | None, orientation: str | None, overrides: Mapping[str, str]) -> Targets:
-    for what, word, known in (("rotary order", rope, tuple(ORDERS)), ("orientation", orientation, ORIENTATIONS)):
-        if word is not None and word not in known:
-            raise PlanError(f"no such {what}", found=repr(word), expected=" or ".join(known))
+    for what, word, words in (("rotary order", rope, tuple(ORDERS)), ("orientation", orientation, ORIENTATIONS)):
+        if word is not None and word not in words:
+            raise PlanError(f"no such {what}", found=repr(word), expected=" or ".join(words))
     axis = None if orientation is None else ORIENTATIONS.index(orientation)
     if to is None and rope is None and axis is None and not overrides:
         raise PlanError("nothing is asked for", expected="a target: a layout, split, fused:LAYOUT; or a rotary order, or an orientation")
@@ -124,15 +146,6 @@ def _targets(to: str | Layout | None, rope: str | None, orientation: str | None,
         return replace(target_of(text), rope=rope, axis=axis)
 
     return Targets(target(KEEP if to is None else to), tuple((glob, target(text)) for glob, text in overrides.items()))
-
-
-def _check_known(checkpoint: Checkpoint) -> None:
-    if not checkpoint.unknown:
-        return
-    name, reason = next(iter(checkpoint.unknown.items()))
-    more = len(checkpoint.unknown) - 1
-    raise PlanError("the layout of a fused tensor is not known", tensor=name + (f"  and {more} more" if more else ""), found=reason,
-                    try_=f"--layout '{star(name)}=LAYOUT' -s h=HEADS if you know it; `triptych inspect` lists all")  # fmt: skip
 
 
 def _renamed(moves: list[Move], names: Mapping[str, str]) -> list[Move]:
@@ -169,30 +182,48 @@ def _check_names(moves: Iterable[Move], tensors: Mapping[str, Tensor]) -> None:
 
 def _check_companions(moves: Iterable[Move], tensors: Mapping[str, Tensor]) -> None:
     """Scales, zero points or adapters of a fused tensor move with its rows, or nothing does: those that nobody declared stop the plan."""
+    turned = [piece.tensor for move in moves if move.axis != move.packed.axis for piece in move.packed.pieces]
+    for name, scale in ((name, tensors.get(f"{name}_{word}")) for name in turned for word in ("scale", "scale_inv", "zero_point")):
+        if scale and math.prod(scale.shape) > 1:
+            raise PlanError("a weight with scales is not stored the other way round", tensor=name, found=f"{scale.name} {scale.shape}")
     changed = [move for move in moves if move.pieces != move.packed.pieces]  # others are only stored the other way round
     moved = {piece.tensor: move for move in changed for piece in move.packed.pieces}
-    stems = {stem(name)[0]: move for name, move in moved.items() if name.endswith((".weight", ".bias", *WORDS))}
-    words = {f".{begin}".rpartition(".")[2] + "." for begin in stems}
+    stems = {stem(name)[0]: move for name, move in moved.items()}
+    words = {begin.rpartition(".")[2] for begin in stems}
     for name, tensor in tensors.items():
         if name in moved or not any(word in name for word in words):
             continue
-        dots = (i for i, letter in enumerate(name) if letter == ".")
-        move = next((stems[name[:dot]] for dot in dots if name[:dot] in stems), None)
+        last = name.rfind(".")  # experts.gate_up_proj_scales stands beside experts.gate_up_proj_bias
+        ends = (i for i, letter in enumerate(name) if letter == "." or (letter == "_" and i > last))
+        move = next((stems[name[:end]] for end in ends if name[:end] in stems), None)
         if move is None:
             continue
-        if math.prod(tensor.shape) > 1 or len(move.pieces) > 1 or not move.packed.fused:
-            try_ = f"if it has the same rows: --layout '{star(name)}=LAYOUT'"
-            found = f"{tensor.dtype} {tensor.shape} beside {move.packed.name}"
-            raise PlanError("a companion of a fused tensor would stay behind", tensor=name, found=found, try_=try_)
+        stays = len(move.pieces) == 1 and move.packed.fused
+        if not stays or (math.prod(tensor.shape) > 1 and not name.endswith(".weight_shape")):
+            raise _left_behind(tensor, move)
 
 
-def _leaves_the_usual(move: Move) -> bool:
-    """Whether the code of the family, which reads what the record says, does not read the result."""
-    packed = move.packed
-    if packed.source.startswith(BY_RECORD):
-        return True
-    joined = packed.source == BY_STAMP and not packed.fused and len(move.pieces) == 1
-    return joined and not same_rows(move.pieces[0].layout, move.sizes, packed.layout, packed.sizes)
+def _left_behind(tensor: Tensor, move: Move) -> PlanError:
+    name, one, found = tensor.name, move.packed, f"{tensor.dtype} {tensor.shape} beside {move.packed.name}"
+    if name.endswith("g_idx") and not one.fused:
+        return PlanError("group numbers of inputs are no rows to join", tensor=name, found=found,
+                         expected="one for the fused weight", try_="fuse the weights before they are quantised")  # fmt: skip
+    if name.endswith(".weight_shape"):
+        return PlanError("the shape of packed numbers would have to be computed", tensor=name, found=found,
+                         expected="bytes that only move", try_="convert the weights before they are quantised")  # fmt: skip
+    layout = f"{one.layout}' {' '.join(f'-s {axis}={one.sizes[axis]}' for axis in one.layout.axes)}" if one.fused else "LAYOUT'"
+    return PlanError("a companion of a fused tensor would stay behind", tensor=name, found=found,
+                     try_=f"if it has the same rows: --layout '{star(name)}={layout}")  # fmt: skip
+
+
+def _check_wrapped(moves: Iterable[Move]) -> None:
+    """The output side of an adapter has the rows of its module in any order, but no part of it is an adapter of its own."""
+    for move in moves:
+        names = [piece.tensor for piece in move.packed.pieces]
+        if len(names) != len(move.pieces) and (found := families.wrapped(names)):
+            name, why = next(iter(found.items()))
+            raise PlanError("the tensors inside a fused module are not taken apart", tensor=name, found=why,
+                            try_="--to LAYOUT moves its rows; or merge the adapter into its base first")  # fmt: skip
 
 
 def _notes(checkpoint: Checkpoint, targets: Targets, moves: Sequence[Move]) -> Iterator[str]:
@@ -201,8 +232,6 @@ def _notes(checkpoint: Checkpoint, targets: Targets, moves: Sequence[Move]) -> I
     for (name, layout), number in left.items():
         yield f"{number} x {name} ({layout}) stays as it is: {targets} does not speak of it"
     has_head = any(file.head for file in checkpoint.stored.files)
-    if checkpoint.family and not has_head and any(_leaves_the_usual(move) for move in moves):
-        yield f"config.json still says {checkpoint.family}, whose own code reads the layout before, not the one after"
     if has_head:
         yield "a GGUF file keeps its head, which has no room for a stamp: nothing in the result says that rows were moved"
     for other in checkpoint.stored.others:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .mover import write
 from .output import Output, Task, allocate, appear, half_done, into_place, parted, records, sync, task_of
+from .place import record_of
 from .steps import OutFile, Source, Step
 
 SLACK = 1.1
@@ -128,7 +129,7 @@ def complete(tasks: Iterable[Task]) -> None:
 def record(place: Output, share: tuple[int, int]) -> None:
     """Say that a share is done. What it wrote is on the disk by now."""
     text = json.dumps({"version": 1, "plan": place.plan.digest}).encode()
-    appear(Path(place.root) / f".triptych-share-{share[0]}-of-{share[1]}.json", len(text), partial(write, part=memoryview(text), at=0))
+    appear(Path(place.root) / record_of(share), len(text), partial(write, part=memoryview(text), at=0))
 
 
 def recorded(place: Output) -> set[tuple[int, int]]:

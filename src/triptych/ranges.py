@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -20,6 +22,10 @@ from .holes import Opened, opened
 
 CHUNK = 1 << 20
 WORKERS = 2
+AHEAD = 64
+"""Items that are handed to the workers before the first of them must be done."""
+MOST_OPEN = 64
+"""Files of one checkpoint that stay open: it may have more of them than a process may open."""
 Bytes = NDArray[np.uint8]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,7 +37,8 @@ class Ranges:
     def __init__(self, stored: Stored) -> None:
         self.tensors: Mapping[str, Tensor] = stored.tensors
         self.root: Path = stored.root
-        self._files: dict[str, Opened] = {}
+        self._files: dict[str, Opened] = {}  # the one that was read last stands last
+        self._readers = Counter[str]()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Ranges:
@@ -44,8 +51,8 @@ class Ranges:
 
     def into(self, tensor: Tensor, start: int, room: Bytes) -> None:
         """Fill `room`, one contiguous piece of memory, from byte `start` of a tensor's data. Raises FormatError."""
-        file, view, done, at = self._open(tensor.file), room.data.cast("B"), 0, tensor.start + start
-        with file.having(at, at + len(view)):
+        view, done, at = room.data.cast("B"), 0, tensor.start + start
+        with self._open(tensor.file) as file, file.having(at, at + len(view)):
             while done < len(view):
                 try:
                     got = os.preadv(file.fd, [view[done:]], at + done)
@@ -70,11 +77,21 @@ class Ranges:
             found.update(window.data)
         return found.hexdigest()
 
-    def _open(self, file: str) -> Opened:
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Opened]:
+        """A file to read from; where that makes too many, others that nobody reads are closed."""
         with self._lock:
-            if file not in self._files:
-                self._files[file] = opened(self.root, file)
-            return self._files[file]
+            file = self._files.pop(name) if name in self._files else opened(self.root, name)
+            self._files[name] = file
+            self._readers[name] += 1
+            spare = [other for other in self._files if not self._readers[other]] if len(self._files) > MOST_OPEN else []
+            for other in spare[: len(self._files) - MOST_OPEN]:
+                self._files.pop(other).close()
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._readers[name] -= 1
 
 
 def same(one: Bytes, two: Bytes) -> bool:
@@ -99,10 +116,15 @@ def first_difference(old: Ranges, one: Tensor, new: Ranges, two: Tensor) -> tupl
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """What `work` gives for every item, several at a time. Of several errors the one of the first item is raised."""
+    found: list[Result] = []
+    begun: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(WORKERS, "triptych") as pool:
-        futures = [pool.submit(work, item) for item in items]
         try:
-            return [future.result() for future in futures]
+            for item in items:
+                begun.append(pool.submit(work, item))
+                if len(begun) == AHEAD:
+                    found.append(begun.popleft().result())
+            return found + [future.result() for future in begun]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -16,8 +16,7 @@ from typing import Any
 from . import formats
 from .errors import FormatError, PlanError
 from .formats import Header, Other, Stored, read_header
-from .pieces import listed
-from .plan import WEIGHTS
+from .pieces import WEIGHTS, listed
 
 VLLM = re.compile(r"model-rank-([0-9]{1,5})-part-([0-9]{1,5})\.safetensors")
 STAGES = re.compile(r"model-pp-[0-9]+-tp-[0-9]+-part-[0-9]+\.safetensors|(?:.*[-_])?mp_rank_[0-9]+_[0-9]+")

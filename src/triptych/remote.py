@@ -2,7 +2,8 @@
 of URL) is imported with the first question.
 
 A file is read by ranges and never as a whole; what it was when it was first seen is kept as a number made of its ETag (or what the server
-has in place of one), so that a changed file is found out. Every request is tried three times, then it is an error of ours.
+has in place of one), so that a changed file is found out. Every request is tried five times, those of other libraries, which try again
+by themselves, three times; then it is an error of ours.
 """
 
 from __future__ import annotations
@@ -20,18 +21,22 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 from .errors import FormatError, MissingExtraError, OutputError, PlanError, TriptychError
-from .remote_web import Info, NoRanges
+from .remote_web import Changed, Info, NoRanges
 
 BLOCK = 8 << 20
 """Bytes of one request."""
-WAITS = (0.2, 1.0)
-"""Seconds before the second and the third try."""
+WAITS = (0.2, 1.0, 3.0, 9.0)
+"""Seconds before another try."""
+LONGEST = 30.0
+"""Seconds for which a server may put off the next try, each time."""
 HTTP = ("http", "https")
 SCHEMES = {"s3": ("remote_s3", "S3"), "gs": ("remote_gs", "GS"), "hf": ("remote_hub", "Hub"), "http": ("remote_web", "Web"),
            "https": ("remote_web", "Web")}  # fmt: skip
 NEEDS = {"s3": ("botocore", "remote"), "gs": ("google.auth", "gcs"), "hf": ("huggingface_hub", "hub")}
 """Scheme -> what it needs beside urllib3 to be installed: package, extra."""
 WRITABLE = ("s3", "gs")
+SPOKEN = (*WRITABLE, *HTTP)
+"""Asked by requests of ours alone; the libraries of others ask again by themselves."""
 Result = TypeVar("Result")
 
 
@@ -49,8 +54,12 @@ def scheme_of(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """A URL as messages have it: what follows a question mark may be a key, and is left out."""
-    return url.partition("?")[0] if scheme_of(url) in HTTP else url
+    """A URL as messages have it: what follows a question mark may be a key, and is left out, and so is a password.
+
+    >>> shown("https://me:secret@host/a?key=1"), shown("hf://name@main")
+    ('https://host/a', 'hf://name@main')
+    """
+    return re.sub("(?<=://)[^/@]*:[^/@]*@", "", url.partition("?")[0] if scheme_of(url) in HTTP else url)
 
 
 def join(root: str, name: str) -> str:
@@ -117,19 +126,22 @@ def _store(scheme: str, process: int) -> Any:
     return getattr(importlib.import_module(f".{module}", __package__), name)()
 
 
-def tried(url: str, call: Callable[[], Result], *, kind: type[TriptychError] = FormatError) -> Result:
+def tried(url: str, call: Callable[[], Result], *, kind: type[TriptychError] = FormatError, ours: bool = False) -> Result:
     """What `call` gives, asked again where the network failed. Raises `kind`; FileNotFoundError, FileExistsError as they are."""
-    for wait in (*WAITS, None):
+    for wait in (*(WAITS if ours or scheme_of(url) in SPOKEN else WAITS[:2]), None):
         try:
             return call()
         except (TriptychError, FileNotFoundError, FileExistsError):
             raise
         except NoRanges as error:
             raise kind(str(error), file=shown(url), try_="download the file, and give its path") from None
+        except Changed as error:
+            raise kind("a file was changed while it was read", file=shown(url), found=str(error)) from None
         except Exception as error:  # each library has errors of its own
             if wait is None or isinstance(error, PermissionError):
                 what = "the server refuses" if isinstance(error, PermissionError) else "the server does not answer as it should"
                 raise kind(what, file=shown(url), found=_told(error)) from error
+            wait = max(wait, min(getattr(error, "wait", 0.0), LONGEST))
         time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 
@@ -180,7 +192,7 @@ class RemoteFile:
         def ask() -> bytes:
             nonlocal answer
             try:
-                answer = self._store.get(self.url, at, stop) if answer is None else answer
+                answer = self._store.get(self.url, at, stop, self.info.tag) if answer is None else answer
                 part: bytes = next(answer, b"")
                 if not part:
                     raise OSError(f"{at - start} bytes in place of {stop - start}")
@@ -191,11 +203,12 @@ class RemoteFile:
 
         try:
             while at < stop:
-                part = tried(self.url, ask)
+                part = tried(self.url, ask, ours=True)
                 at += len(part)
                 yield part
         except FileNotFoundError:
-            raise missing(self.url) from None
+            self.look()  # if it is there, the contents that were seen are not
+            raise FormatError("a file was changed while it was read", file=shown(self.url)) from None
         finally:
             if answer is not None:
                 answer.close()
@@ -210,6 +223,18 @@ def nameless() -> Any:
     import tempfile  # who gives a path does not wait for this
 
     return tempfile.TemporaryFile(prefix="triptych-")
+
+
+def lay(fd: int, part: bytes, at: int, url: str) -> None:
+    """Put what was read of a file at byte `at` of a file here. Raises FormatError when there is no room."""
+    left = memoryview(part)
+    try:
+        while left:
+            done = os.pwrite(fd, left, at)
+            left, at = left[done:], at + done
+    except OSError as error:
+        what, way = "there is no room here for what is read", "TMPDIR names another place"
+        raise FormatError(what, file=shown(url), found=error.strerror, try_=way) from None
 
 
 # Writing
@@ -234,8 +259,14 @@ class Upload:
         self._begun: _Begun | None = None
         if self._small is None:
             block = max(BLOCK, -(-size // 9000 // (1 << 20)) << 20)  # at most 10,000 parts of whole megabytes
-            name = self._once(lambda: self._store.begin(url, size))
+            name = self._once(self._begin)
             self._begun = _Begun(name, nameless(), block, [])
+
+    def _begin(self) -> str:
+        """Uploads that were begun before are ended: by a run that was killed, or by a request whose answer was lost."""
+        abort_uploads(self.url)
+        name: str = self._store.begin(self.url, self.size)
+        return name
 
     def put(self, part: bytes | memoryview, at: int) -> None:
         """Write what begins at byte `at`, which is not before what was written; zeros fill the gap."""
@@ -257,8 +288,9 @@ class Upload:
         begun, held = self._begun, self._held
         if begun and (held == begun.block or last):
             at = self.at - held
+            begun.room.truncate(held)  # else what the part before had there would be sent too
             send = (self.url, begun.name, len(begun.tags) + 1, at, begun.room, held, self.size)
-            begun.tags.append(self._once(lambda: self._store.part(*send)))
+            begun.tags.append(self._once(lambda: self._or_whole(self._store.part, *send)))
             begun.room.seek(0)
 
     def commit(self) -> None:
@@ -268,7 +300,16 @@ class Upload:
         elif self._begun:
             begun = self._begun
             self._flush(last=True)
-            self._once(lambda: self._store.finish(self.url, begun.name, begun.tags))
+            self._once(lambda: self._or_whole(self._store.finish, self.url, begun.name, begun.tags))
+
+    def _or_whole(self, call: Callable[..., Any], *args: Any) -> Any:
+        """What a request gives; where there is no such upload any more, a request whose answer was lost may have ended it well."""
+        try:
+            return call(*args)
+        except FileNotFoundError:
+            if self._store.info(self.url).size != self.size:
+                raise
+            return ""
 
     def abort(self) -> None:
         """Nothing of it stays; errors here are left for the next run to mend."""

@@ -33,7 +33,7 @@ class Filesystem:
             raise FileNotFoundError(url)
         return told(found)
 
-    def get(self, url: str, start: int, stop: int) -> Iterator[bytes]:
+    def get(self, url: str, start: int, stop: int, tag: str) -> Iterator[bytes]:
         yield exactly(self._fs.cat_file(url, start=start, end=stop), start, stop)
 
     def names(self, url: str) -> dict[str, Info]:

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 from urllib.parse import quote, urlencode
 
-from .remote_web import Info, check, get, send, whole
+from .remote_web import Info, check, ranged, send, whole
 
 HOST = "https://storage.googleapis.com"
+GRAIN = 256 << 10
+"""All parts of an upload but the last are multiples of it."""
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 
@@ -25,12 +27,15 @@ class GS:
         other = os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
         self._host = other if "://" in other else f"http://{other}" if other else HOST
         self._credentials = None if other else _credentials()
+        self._tried = set[tuple[str, int]]()
 
     def info(self, url: str) -> Info:
         return _info(self._json("GET", self._object(url)))
 
-    def get(self, url: str, start: int, stop: int) -> Iterator[bytes]:
-        return get(f"{self._object(url)}?alt=media", start, stop, self._headers())
+    def get(self, url: str, start: int, stop: int, tag: str) -> Iterator[bytes]:
+        """Of that generation, which is gone when the object was written anew."""
+        where = f"{self._object(url)}?{urlencode({'alt': 'media', 'generation': tag})}"
+        return ranged(send("GET", where, {**self._headers(), "Range": f"bytes={start}-{stop - 1}"}), url, start, stop)
 
     def names(self, url: str) -> dict[str, Info]:
         """All objects below a folder by their name there."""
@@ -67,14 +72,25 @@ class GS:
         return str(answer.headers["Location"])
 
     def part(self, url: str, upload: str, number: int, at: int, body: IO[bytes], size: int, total: int) -> str:
-        """Send what begins at byte `at`; the last part makes the object appear. Sizes but the last are multiples of 256 KiB."""
-        body.seek(0)
-        headers = {"Content-Length": str(size), "Content-Range": f"bytes {at}-{at + size - 1}/{total}"}
+        """Send what begins at byte `at`; the last part makes the object appear."""
+        stop = at + size
+        have = self._held(url, upload, "", b"", total) if (upload, at) in self._tried else at  # some of it may have come through
+        self._tried.add((upload, at))
+        if at <= have < stop:
+            body.seek(have - at)
+            have = self._held(url, upload, f"{have}-{stop - 1}", body, total, stop - have)
+        if have != stop:
+            raise OSError(f"the session has {have} bytes, and was sent all before {stop}")
+        self._tried.discard((upload, at))
+        return ""
+
+    def _held(self, url: str, upload: str, span: str, body: IO[bytes] | bytes, total: int, size: int = 0) -> int:
+        """Send a span of bytes, or nothing; how many the session has then, in whole grains: it takes no notice of what it has already."""
+        headers = {"Content-Length": str(size), "Content-Range": f"bytes {span or '*'}/{total}"}
         answer = check(send("PUT", upload, headers, body, redirect=False), url, 200, 201, 308)
         whole(answer)
-        if answer.status == 308 and answer.headers.get("Range") != f"bytes=0-{at + size - 1}":
-            raise OSError(f"the session has {answer.headers.get('Range', 'nothing')}, and was sent all bytes before {at + size}")
-        return ""
+        last = answer.headers.get("Range", "").rpartition("-")[2]
+        return total if answer.status != 308 else (int(last) + 1) // GRAIN * GRAIN if last else 0
 
     def finish(self, url: str, upload: str, tags: list[str]) -> None:
         """The last part has done it."""

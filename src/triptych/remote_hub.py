@@ -1,13 +1,13 @@
-"""Files of a model hub through huggingface_hub, which knows its addresses, tokens and revisions."""
+"""Files of a model hub: huggingface_hub knows addresses, tokens and revisions; bytes are asked for without it, as it holds each answer."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .remote_fsspec import Filesystem, exactly, told
-from .remote_web import Info
+from .remote_fsspec import Filesystem, told
+from .remote_web import Info, ranged, send
 
 
 class Hub(Filesystem):
@@ -17,6 +17,9 @@ class Hub(Filesystem):
         import huggingface_hub
 
         self._kind, self._local = huggingface_hub.HfFileSystem, threading.local()
+        utils: Any = huggingface_hub.utils
+        self._headers: Callable[[], dict[str, str]] = utils.build_hf_headers
+        self._urls: dict[str, str] = {}
 
     @property
     def _fs(self) -> Any:
@@ -25,11 +28,12 @@ class Hub(Filesystem):
             self._local.fs = self._kind(use_listings_cache=False, skip_instance_cache=True)
         return self._local.fs
 
-    def get(self, url: str, start: int, stop: int) -> Iterator[bytes]:
-        if getattr(self._local, "url", None) != url:  # one that is open stays so, as each opening asks for the file's size again
-            self._local.file, self._local.url = self._fs.open(url, "rb", cache_type="none"), url
-        self._local.file.seek(start)
-        yield exactly(self._local.file.read(stop - start), start, stop)
+    def get(self, url: str, start: int, stop: int, tag: str) -> Iterator[bytes]:
+        """Sent on to another host, the token stays behind."""
+        if url not in self._urls:
+            self._urls[url] = self._fs.url(url)
+        headers = {**self._headers(), "Range": f"bytes={start}-{stop - 1}"}
+        return ranged(send("GET", self._urls[url], headers), url, start, stop)
 
     def _listed(self, name: str, found: Mapping[str, Any]) -> Info:
         return told(found)

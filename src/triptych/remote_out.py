@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FormatError, OutputError, PlanError
-from .formats import Stored
+from .formats import MARKER, Stored
 from .pieces import listed
-from .place import MARKER, check_begun, check_kind, check_whole, marked
+from .place import RECORD, check_begun, check_kind, marked, record_of
 from .remote import WRITABLE, RemoteFile, abort_uploads, info, is_remote, join, names_below, remove, scheme_of, shown, uploading
 from .remote import put as put_if
 from .steps import Plan
@@ -30,7 +30,6 @@ BEAT, PATIENCE = 10.0, 35.0
 
 def check_remote_place(stored: Stored, source: str | Path, out: str) -> None:
     """That the output may be written there. Raises PlanError: it exists, is inside the input, is of the wrong kind; FormatError."""
-    check_whole(stored)
     if scheme_of(out) not in WRITABLE:
         raise PlanError("nothing can be written there", where=shown(out), expected=" or ".join(f"{scheme}://" for scheme in WRITABLE))
     place, given = out.rstrip("/"), str(source).rstrip("/")
@@ -56,10 +55,13 @@ def _is_there(url: str) -> bool:
 
 
 class Hold:
-    """The marker at `url`, held by this run: kept fresh by a thread until `end`. `tag`: what the store calls it as written last."""
+    """The marker at `url` of the output, or of one share of it, held by this run: kept fresh by a thread until `end`.
 
-    def __init__(self, made: Plan, url: str) -> None:
-        self.url, self.tag, self.number, self.here = url, "", 0, True
+    `tag`: what the store calls it as written last. `passing`: it goes with the run, and does not mark what is unfinished.
+    """
+
+    def __init__(self, made: Plan, url: str, passing: bool) -> None:
+        self.url, self.passing, self.tag, self.number, self.here = url, passing, "", 0, True
         self.told, self.run = marked(made), secrets.token_hex(8)
         self._ended, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._beats, name="triptych-beat", daemon=True)
@@ -90,7 +92,7 @@ class Hold:
         self._thread.join()
         if self.here:
             with suppress(FormatError, OutputError):
-                self.take(self.tag, False)
+                remove(self.url) if self.passing else self.take(self.tag, False)
 
     def _beats(self) -> None:
         while not self._ended.wait(BEAT):
@@ -104,37 +106,43 @@ _HELD: dict[str, Hold] = {}
 
 
 @contextmanager
-def holding(made: Plan, root: str, shared: bool) -> Iterator[None]:
+def holding(made: Plan, root: str, share: tuple[int, int] | None) -> Iterator[None]:
     """Hold the place: write the marker, or take over that of an earlier run of the same plan on the same input.
 
-    `shared`: only see that no run holds it alone. Raises PlanError when another run does, or when it is not ours to write in.
+    `share`: hold this share, and see that no run holds the place alone. Raises PlanError when another run does, or when it is not ours.
     """
-    url = join(root, MARKER if made.is_folder else f".{made.files[0].name}.triptych-part")
-    hold = Hold(made, url)
-    while not _taken(made, root, hold, shared):
-        pass
-    if shared:
-        yield
-        return
-    _HELD[url] = hold
+    hold = whole = Hold(made, join(root, MARKER if made.is_folder else f".{made.files[0].name}.triptych-part"), not made.is_folder)
+    _take(made, root, whole, share is not None)
+    if share:
+        hold = Hold(made, join(root, record_of(share)), True)
+        _take(made, None, hold, False)
+    _HELD[hold.url] = hold
     hold.start()
     try:
+        if share:
+            _take(made, root, whole, True)  # a run that began meanwhile has seen this share, or is seen here
+        else:
+            _watch_shares(made, root)
         yield
-        if not made.is_folder:
-            remove(url)
+        if hold.passing:
+            remove(hold.url)
             hold.here = False
     finally:
-        del _HELD[url]
+        del _HELD[hold.url]
         hold.end()
-        if hold.here and not made.is_folder:
-            remove(url)
 
 
-def _taken(made: Plan, root: str, hold: Hold, shared: bool) -> bool:
-    """Take the place; False where something changed meanwhile. Raises PlanError."""
+def _take(made: Plan, root: str | None, hold: Hold, shared: bool) -> None:
+    """Take the place, which must be empty at first, or without `root` a share of it. Raises PlanError."""
+    while not _taken(made, root, hold, shared):
+        pass
+
+
+def _taken(made: Plan, root: str | None, hold: Hold, shared: bool) -> bool:
+    """Take it; False where something changed meanwhile."""
     found, tag = _marker(hold.url)
     if found is None:
-        there = sorted(names_below(root)) if made.is_folder else [made.out or ""] if _is_there(join(root, made.files[0].name)) else []
+        there = [] if root is None else _there(made, root)
         if there:
             raise PlanError("the output exists", where=made.out, found=listed(there), try_="choose another place, or remove it")
         return hold.take("", not shared)
@@ -145,6 +153,13 @@ def _taken(made: Plan, root: str, hold: Hold, shared: bool) -> bool:
     return (shared and run is None) or hold.take(tag, not shared)
 
 
+def _there(made: Plan, root: str) -> list[str]:
+    """What lies where the output is to be."""
+    if made.is_folder:
+        return sorted(names_below(root))
+    return [made.out or ""] if _is_there(join(root, made.files[0].name)) else []
+
+
 def _watch(made: Plan, url: str, tag: str) -> None:
     """Wait until a marker has stayed as it is for PATIENCE seconds. Raises PlanError when its run gives a sign of life."""
     until = time.monotonic() + PATIENCE
@@ -153,9 +168,19 @@ def _watch(made: Plan, url: str, tag: str) -> None:
         found, now = _marker(url)
         if now != tag:
             if found and found.get("run") is not None:
-                raise PlanError("another run is writing this output", where=made.out, found=f"a sign of life every {BEAT:g} s",
+                what = "share" if RECORD.search(url) else "output"
+                raise PlanError(f"another run is writing this {what}", where=made.out, found=f"a sign of life every {BEAT:g} s",
                                 try_="wait until it ends; one that is killed may be continued after a minute")  # fmt: skip
             return
+
+
+def _watch_shares(made: Plan, root: str) -> None:
+    """That no share is at work in a place that is held alone."""
+    for name in sorted(names_below(root)) if made.is_folder else ():
+        if RECORD.fullmatch(name):
+            found, tag = _marker(join(root, name))
+            if found and found.get("run") is not None:
+                _watch(made, join(root, name), tag)
 
 
 def _marker(url: str) -> tuple[dict[str, Any] | None, str]:
@@ -199,24 +224,32 @@ def finished(made: Plan, root: str) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def drop(root: str, names: Iterable[str]) -> None:
+def _still_ours(hold: Hold | None) -> bool:
+    """Whether what is written may be removed: not where another run has taken over, or where the store does not answer."""
+    try:
+        return hold is None or hold.still()
+    except (FormatError, OutputError):
+        return False
+
+
+def drop(root: str, names: Iterable[str], share: tuple[int, int] | None = None) -> None:
     """End the uploads of some files that did not come to an end, unless another run has taken over."""
-    hold = _HELD.get(join(root, MARKER))
-    if hold is not None and not hold.still():
-        return
-    for name in names:
-        abort_uploads(join(root, name))
+    if _still_ours(_HELD.get(join(root, record_of(share) if share else MARKER))):
+        for name in names:
+            abort_uploads(join(root, name))
 
 
 def clear(root: str, names: Iterable[str]) -> None:
-    """Remove all that a plan has written, the marker last; nothing where another run has taken over."""
+    """Remove all that a plan has written, the marker last; what cannot be removed stays, marked, for the next run to mend."""
     hold = _HELD.get(join(root, MARKER))
-    if hold is not None:
-        if not hold.still():
-            return
-        hold.here = False
-    for name in (*names, MARKER):
-        remove(join(root, name))
+    if not _still_ours(hold):
+        return
+    with suppress(FormatError, OutputError):
+        for name in names:
+            remove(join(root, name))
+        if hold is not None:
+            hold.here = False
+        remove(join(root, MARKER))
 
 
 def put(root: str, name: str, data: bytes) -> None:
@@ -238,5 +271,8 @@ def release(made: Plan, root: str) -> None:
     hold = _HELD[join(root, MARKER)]
     if not hold.still():
         raise OutputError("another run has taken this output over", where=made.out, found=f"no sign of life of this one in {PATIENCE:g} s")
+    for name in there:
+        if RECORD.fullmatch(name):
+            remove(join(root, name))
     hold.here = False
     remove(join(root, MARKER))

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import bisect
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from .errors import FormatError
+from .errors import FormatError, OutputError
 from .mover import Mover, Tick, read_into, write
 from .output import Task, sources, written
-from .remote import BLOCK, RemoteFile, Upload, abort_uploads, join, shown, state_of, uploading
+from .remote import BLOCK, RemoteFile, Upload, join, lay, nameless, shown, state_of, uploading
 from .remote_web import WINDOW
 from .steps import Feed, OutFile, Source, Step
 
@@ -82,20 +81,20 @@ class Spool:
                 to = min(at + BLOCK, end)
                 place = at
                 for part in self.files[file].parts(at, to):
-                    write(self.fds[file], memoryview(part), place)
+                    lay(self.fds[file], part, place, self.files[file].url)
                     place += len(part)
                 had = ((file, *one) for one in self._have[file])
                 self._have[file] = [(a, b) for _, a, b in _joined([*had, (file, at, to)])]
                 self._held += to - at
 
-    def parts(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+    def parts(self, file: str, start: int, stop: int) -> Iterator[bytes | memoryview]:
         """A range in order, straight from the source where it was not fetched."""
         for at in range(start, stop, BLOCK):
             end = min(at + BLOCK, stop)
             if self._gaps(file, at, end):
                 yield from self.files[file].parts(at, end)
             else:
-                yield from (os.pread(self.fds[file], min(WINDOW, end - here), here) for here in range(at, end, WINDOW))
+                yield from Here(self.fds).parts(file, at, end)
 
     def _gaps(self, file: str, start: int, stop: int) -> list[Range]:
         """What is lacking of a range."""
@@ -132,7 +131,7 @@ def reading(root: Path | str, states: tuple[Source, ...]) -> Iterator[Reading]:
         for state in states:
             files[state.name] = RemoteFile(join(root, state.name))
             _check_state(files[state.name], state)
-            spool = stack.enter_context(tempfile.TemporaryFile(prefix="triptych-"))
+            spool = stack.enter_context(nameless())
             fds[state.name] = spool.fileno()
             os.ftruncate(fds[state.name], state.size)
         yield Spool(files, fds)
@@ -186,8 +185,9 @@ class Stream(NamedTuple):
         os.ftruncate(self.fd, 0)  # rows of zeros are left as a fresh file has them
         os.ftruncate(self.fd, size)
         move(self.fd, 0)
-        for part_at in range(0, size, WINDOW):
-            self.upload.put(os.pread(self.fd, min(WINDOW, size - part_at), part_at), at + part_at)
+        for part in Here({"": self.fd}).parts("", 0, size):
+            self.upload.put(part, at)
+            at += len(part)
 
 
 # The work
@@ -199,10 +199,13 @@ def do(task: Task, mover: Mover, tick: Tick) -> None:
         written(task, lambda fd: _fill(task, mover, tick, File(fd)))
         return
     url = join(task.root, task.name)
-    abort_uploads(url)
-    with uploading(url, task.size) as upload, tempfile.TemporaryFile(prefix="triptych-") as scratch:
-        _fill(task, mover, tick, Stream(upload, scratch.fileno()))
-        upload.put(b"", task.size)
+    try:
+        with uploading(url, task.size) as upload, nameless() as scratch:
+            _fill(task, mover, tick, Stream(upload, scratch.fileno()))
+            upload.put(b"", task.size)
+    except OSError as error:
+        what, way = "a temporary file here cannot be written", "TMPDIR names another place"
+        raise OutputError(what, where=url, found=error.strerror or str(error), try_=way) from error
 
 
 def _fill(task: Task, mover: Mover, tick: Tick, target: Target) -> None:

@@ -37,8 +37,8 @@ class S3:
         whole(answer)
         return Info(int(answer.headers["Content-Length"]), answer.headers.get("ETag", ""))
 
-    def get(self, url: str, start: int, stop: int) -> Iterator[bytes]:
-        return ranged(self._ask("GET", url, headers={"Range": f"bytes={start}-{stop - 1}"}, good=(206,)), url, start, stop)
+    def get(self, url: str, start: int, stop: int, tag: str) -> Iterator[bytes]:
+        return ranged(self._ask("GET", url, headers={"Range": f"bytes={start}-{stop - 1}"}, good=(206,)), url, start, stop, tag)
 
     def names(self, url: str) -> dict[str, Info]:
         """All objects below a folder by their name there."""
@@ -51,6 +51,8 @@ class S3:
                 name = unquote(_text(one, "Key")).removeprefix(prefix)
                 found[name] = Info(int(_text(one, "Size")), _text(one, "ETag"))
             more = _text(tree, "NextContinuationToken")
+            if not more and _text(tree, "IsTruncated") == "true":
+                raise OSError("a list that is cut off, and does not say how it goes on")
             if not more:
                 return found
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 WINDOW = 1 << 20
 """Bytes of an answer, or of a file that is sent, that lie in memory at once."""
-TIMEOUTS = 20.0, 120.0
+TIMEOUTS = 15.0, 60.0
 """Seconds to connect, and between two pieces of an answer."""
 
 
@@ -18,6 +18,12 @@ class Info(NamedTuple):
 
     size: int
     tag: str
+
+
+class Later(OSError):
+    """An answer that says after how many seconds to ask again."""
+
+    wait = 0.0
 
 
 def send(method: str, url: str, headers: Mapping[str, str] | None = None, body: Any = None, redirect: bool = True) -> Any:
@@ -57,7 +63,7 @@ def parts(answer: Any, size: int) -> Iterator[bytes]:
     left = size
     try:
         while left:
-            part: bytes = answer.read(min(left, WINDOW))
+            part: bytes = answer.read(min(left, WINDOW), decode_content=False)  # as its bytes are counted
             if not part:
                 raise OSError(f"{size - left} bytes in place of {size}")
             left -= len(part)
@@ -71,9 +77,9 @@ def parts(answer: Any, size: int) -> Iterator[bytes]:
 
 
 def whole(answer: Any, most: int = 1 << 26) -> bytes:
-    """All of a short answer."""
+    """All of a short answer; the connection of one that is longer ends."""
     raw: bytes = answer.read(most)
-    answer.release_conn()
+    answer.release_conn() if len(raw) < most else answer.close()
     return raw
 
 
@@ -81,20 +87,25 @@ def check(answer: Any, url: str, *good: int) -> Any:
     """The answer, if its status is one of `good`. Raises FileNotFoundError, PermissionError, FileExistsError (a condition), OSError."""
     if answer.status in good:
         return answer
-    told = " ".join(whole(answer, 2000).decode("utf-8", "replace").split())[:160]
-    answer.close()
+    if answer.status < 300:
+        answer.close()
+        raise OSError(f"{answer.status} {answer.reason} in place of {' or '.join(map(str, good))}")
+    told = " ".join(whole(answer, 2000).decode("utf-8", "replace").split())
     kinds = {404: FileNotFoundError, 410: FileNotFoundError, 401: PermissionError, 403: PermissionError, 412: FileExistsError}
-    raise kinds.get(answer.status, OSError)(f"{answer.status} {answer.reason}: {told}".rstrip(": "))
+    kind = PermissionError if answer.status == 400 and "Token" in told else kinds.get(answer.status, Later)  # S3: ExpiredToken
+    error = kind(f"{answer.status} {answer.reason}: {told[:160]}".rstrip(": "))
+    if isinstance(error, Later) and (seconds := answer.headers.get("Retry-After", "")).isdigit():
+        error.wait = float(seconds)
+    raise error
 
 
-def get(url: str, start: int, stop: int, headers: Mapping[str, str] | None = None) -> Iterator[bytes]:
-    """Bytes `start` to `stop` in one request."""
-    return ranged(send("GET", url, {**(headers or {}), "Range": f"bytes={start}-{stop - 1}"}), url, start, stop)
-
-
-def ranged(answer: Any, url: str, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes of an answer to a request for a range; a server that answers with another one is not believed."""
+def ranged(answer: Any, url: str, start: int, stop: int, tag: str = "") -> Iterator[bytes]:
+    """The bytes of an answer to a request for a range; a server that answers with another one, or of another file, is not believed."""
     check(answer, url, 206)
+    other = answer.headers.get("ETag")
+    if other and tag.endswith('"') and other != tag:
+        answer.close()
+        raise Changed(f"ETag {other} in place of {tag}")
     told = answer.headers.get("Content-Range", "")
     if not told.startswith(f"bytes {start}-{stop - 1}/"):
         answer.close()
@@ -121,9 +132,13 @@ class Web:
             raise NoRanges("the server answers no range requests" if not ranges else "the server does not say how long a file is")
         return Info(int(size), tag)
 
-    def get(self, url: str, start: int, stop: int) -> Iterator[bytes]:
-        return get(url, start, stop)
+    def get(self, url: str, start: int, stop: int, tag: str) -> Iterator[bytes]:
+        return ranged(send("GET", url, {"Range": f"bytes={start}-{stop - 1}"}), url, start, stop, tag)
 
 
 class NoRanges(Exception):
     """A server that cannot be read from in parts."""
+
+
+class Changed(Exception):
+    """The file is no longer the one that was seen."""

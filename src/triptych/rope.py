@@ -13,9 +13,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from .axes import head_axes
+from .axes import ATOMS, head_axes
 from .errors import PlanError
 from .layout import Axis, Branch, Factor, Layout, Sum
+from .sizes import Sizes, bind
 from .syntax import text_of
 
 ORDERS = {"half": ("c", "p"), "interleaved": ("p", "c")}
@@ -58,7 +59,26 @@ def names_pairs(layout: Layout) -> bool:
     >>> names_pairs(Layout("(q h p c)")), names_pairs(Layout("(q h d)"))
     (True, False)
     """
-    return {"c", "p"} <= set(layout.axes)
+    return order_named(layout) is not None
+
+
+def names_turned(layout: Layout) -> bool:
+    """Whether the turned part of a head has a name of its own.
+
+    >>> names_turned(Layout("(q h (rot p c|pass n))")), names_turned(Layout("(q h p c)"))
+    (True, False)
+    """
+    return any(word in TURNED for path in layout.paths for name in path.names for word in name.split("."))
+
+
+def order_named(layout: Layout) -> str | None:
+    """The rotary order that a layout tells itself, by the axes of its pairs.
+
+    >>> order_named(Layout("(q|k) h p c")), order_named(Layout("(q h d)"))
+    ('interleaved', None)
+    """
+    found = (path.axes for path in layout.paths if set(PAIRS) <= set(path.axes))
+    return next(("half" if axes.index("c") < axes.index("p") else "interleaved" for axes in found), None)
 
 
 @lru_cache(maxsize=1024)
@@ -100,6 +120,20 @@ def named(layout: Layout, rope: Rope, order: str | None = None) -> Layout:
                 yield Axis("dv" if axis == "d" and not keeps_d else axis)
 
     return Layout(text_of(_rebuilt(spread, leaf)))
+
+
+def with_pairs(layouts: tuple[Layout, ...], sizes: Sizes, rope: Rope) -> tuple[tuple[Layout, ...], Sizes]:
+    """Layouts of one projection, the whole one first, with their pairs named, and their sizes.
+
+    >>> pair, sizes = with_pairs((Layout("(q|k|v) h d"),), bind(Layout("h d"), h=3, d=8), Rope("half"))
+    >>> print(*pair, sizes.of(*pair))
+    q h c p|k h c p|v h d h=3 c=2 p=4 d=8
+    """
+    found = tuple(named(layout, rope) for layout in layouts)
+    used = {axis for layout in found for axis in layout.axes}
+    known = {axis: size for axis, size in sizes.items() if axis in used or axis in ATOMS}
+    known |= {axis: size for axis, size in sizes_of(layouts[0], rope, sizes).items() if axis in used}
+    return found, bind(*found, **known)
 
 
 def sizes_of(layout: Layout, rope: Rope, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -163,8 +197,7 @@ def _leaves(factors: tuple[Factor, ...]) -> list[Leaf]:
 def _turned(layout: Layout, leaf: Leaf) -> tuple[str, ...]:
     """The axes that number the turned dims of a leaf: none where it is not turned, `c` and `p` where the layout names the pairs."""
     words = {word for name in leaf.names for word in name.split(".")}
-    told = any(word in TURNED for path in layout.paths for name in path.names for word in name.split("."))
-    if not words & (TURNED if told else {"q", "k"}):
+    if not words & (TURNED if names_turned(layout) else {"q", "k"}):
         return ()
     axes = (*leaf.outer, *leaf.own)
     dims = [axis for axis in axes if axis not in head_axes(axes)]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import IncompatibleError, LayoutError, SizeError
-from .layout import Axis, Factor, Layout, Path, count
+from .layout import Axis, Factor, Layout, Path, count, with_brackets
 from .sizes import Sizes
 
 Rows = NDArray[np.int64]
@@ -268,13 +268,22 @@ def _check_labels(source: Layout, target: Layout, sizes: Sizes, have: dict[str, 
     found = ", ".join(_grid(name, part) for name, part in have.items() if name not in wanted or wanted[name].shape != part.shape)
     expected = ", ".join(_grid(name, part) for name, part in wanted.items() if name not in have or have[name].shape != part.shape)
     if found or expected:
+        meant = with_brackets(source) or with_brackets(target) or (_GROUPED.get(str(target)) if _is_grouped(have) else None)
         raise IncompatibleError(
             "the two layouts do not label the same rows",
             layout=f"{source}   -> {target}   with {sizes.of(source, target)}",
             found=found or "nothing more",
             expected=expected or "nothing more",
-            try_="both sides need the same parts, heads and dims",
+            try_=f"did you mean {meant}?" if meant else "both sides need the same parts, heads and dims",
         )
+
+
+_GROUPED = {"(q|k|v) h d": "(q h|k g|v g) d", "h (q|k|v) d": "g (q r|k|v) d"}
+
+
+def _is_grouped(have: dict[str, Part]) -> bool:
+    """Whether k and v have fewer heads than q."""
+    return {"q", "k", "v"} == set(have) and have["k"].shape[0] == have["v"].shape[0] < have["q"].shape[0]
 
 
 def _grid(name: str, part: Part) -> str:

@@ -55,6 +55,7 @@ class Proof:
 
 
 def prove_zeros(tensor: Tensor, rows: Sequence[int], axis: int, reader: Ranges) -> None:
+    """That some rows hold nothing but zero bytes. Raises MismatchError."""
     outer, inner = _around(tensor, axis)
     for block in range(outer):
         for row in rows:
@@ -175,6 +176,7 @@ class Rows(NamedTuple):
 
 
 def prove_same(tensor: Tensor, copy: Tensor, old: Ranges, new: Ranges) -> None:
+    """That a tensor is there byte for byte. Raises MismatchError."""
     if (tensor.dtype, tensor.shape) != (copy.dtype, copy.shape):
         raise MismatchError("dtype or shape differ", tensor=tensor.name, expected=f"{tensor.dtype} {tensor.shape}",
                             found=f"{copy.dtype} {copy.shape}")  # fmt: skip
@@ -185,7 +187,7 @@ def prove_same(tensor: Tensor, copy: Tensor, old: Ranges, new: Ranges) -> None:
 
 
 def beside(before: Stored, after: Stored) -> Iterator[str]:
-    """What is to say of the files beside the weights, where both sides are folders"""
+    """What is to say of the files beside the weights, where both sides are folders."""
     if not before.is_folder or not after.is_folder:
         return
     mine, theirs = ({other.name: other for other in stored.others} for stored in (before, after))

@@ -19,7 +19,7 @@ from typing import Any
 from . import remote_run
 from .errors import OutputError, PlanError
 from .layout import Layout
-from .mover import WINDOW, Mover, Tick, read_into, write
+from .mover import WINDOW, Mover, Tick, hasten, read_into, write
 from .output import Output, Task, clear, drop, finished, held, into_place, names_of, output_of, parted, put, release, sources, written
 from .pieces import in_bytes, listed
 from .plan import plan
@@ -52,7 +52,7 @@ class Converted:
     def __str__(self) -> str:
         rate = f"{in_bytes(round(self.size / max(self.seconds, 1e-6)))}/s"
         kept = f", {len(self.kept)} kept from an earlier run" if self.kept else ""
-        done = f"{in_bytes(self.size)} in {len(self.files)} files{kept}, {self.seconds:.2f} s, {rate}"
+        done = f"{in_bytes(self.size)} in {len(self.files)} file{'s' * (len(self.files) != 1)}{kept}, {self.seconds:.2f} s, {rate}"
         if self.share:
             return f"{self.plan.out}: share {self.share[0]} of {self.share[1]}: {done}; --finish when all shares are done"
         unchanged = len(self.plan.unchanged)
@@ -106,9 +106,9 @@ def run(
     begin = time.monotonic()
     place = output_of(made)
     tasks = tasks_of(place)
-    with held(place, shared=share is not None) as created:
-        there = set(finished(place))
+    with held(place, share) as created:
         try:
+            there = set(finished(place))
             if finish:
                 done = _finish(place, tasks, there, created)
             elif share:
@@ -168,7 +168,7 @@ def _shared(place: Output, tasks: Sequence[Task], there: set[str], share: tuple[
         if divided and share not in recorded(place):
             record(place, share)
     except BaseException:
-        drop(place, [task.name for task in missing if not task.total])
+        drop(place, [task.name for task in missing if not task.total], share)
         raise
     return mine
 
@@ -244,7 +244,10 @@ def do(task: Task, mover: Mover, tick: Tick) -> None:
                 return
             write(target, memoryview(header), 0)
             for step in item.steps:
-                mover.move(step, [fds[feed.file] for feed in step.feeds], target, len(header) + step.start, tick)
+                at = len(header) + step.start
+                mover.move(step, [fds[feed.file] for feed in step.feeds], target, at, tick)
+                if step.size >= WINDOW:
+                    hasten(target, at, step.size)
 
     mode = (source / item.name).stat().st_mode & 0o777 if isinstance(item, Source) else 0o666
     written(task, fill, mode)

@@ -10,6 +10,8 @@ from .mover import Mover, Tick
 from .output import Task
 from .run import Engine, do
 
+ENDING = 60.0
+"""Seconds that are given to tasks to end, when one has failed."""
 RETRIES = 5
 """How often a task is begun again when its worker dies. A file appears whole or not at all, and a part of one is written over."""
 
@@ -33,17 +35,20 @@ def on_ray(address: str | None = None, cpus: int | None = None) -> Engine:
         try:
             remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_do)
             pending = {remote.remote(_absolute(task)): task for task in tasks}
-            while pending:
-                done, _ = ray.wait(list(pending), num_returns=1)
-                task = pending.pop(done[0])
-                error = _outcome(ray, done[0], task)
-                if error is not None:
-                    for rest in pending:
-                        ray.cancel(rest, force=True)
-                    if pending:  # nobody writes behind the error
-                        ray.wait(list(pending), num_returns=len(pending))
-                    raise error
-                progress(task.size)
+            try:
+                while pending:
+                    done, _ = ray.wait(list(pending), num_returns=1)
+                    task = pending.pop(done[0])
+                    error = _outcome(ray, done[0], task)
+                    if error is not None:
+                        raise error
+                    progress(task.size)
+            except BaseException:  # nobody writes behind an error, or ctrl-C
+                for rest in pending:
+                    ray.cancel(rest, force=True)
+                if pending:
+                    ray.wait(list(pending), num_returns=len(pending), timeout=ENDING)
+                raise
         finally:
             if ours:
                 ray.shutdown()
@@ -77,6 +82,9 @@ def _do(task: Task) -> BaseException | None:
 def _outcome(ray: Any, done: Any, task: Task) -> BaseException | None:
     try:
         found: BaseException | None = ray.get(done)
+    except ray.exceptions.RayTaskError as error:  # not of the task, whose errors are values: of the worker that was to begin it
+        return OutputError("a worker cannot do its work", file=task.name, found=(str(error).strip().splitlines() or ["-"])[-1][:200],
+                           try_="the same version of this package on every machine")  # fmt: skip
     except ray.exceptions.RayError as error:
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return OutputError("a worker was lost again and again", file=task.name, found=what[:200], expected=f"at most {RETRIES} times")

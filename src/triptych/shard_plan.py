@@ -15,13 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import PlanError
+from .errors import FormatError, PlanError
 from .foreign import Given, wholes_of_ranks
 from .formats import Stored, index_bytes, nbytes, safetensors_name, without_gc
 from .outfiles import placed_file
-from .pieces import in_bytes, listed, star
+from .pieces import WEIGHTS, in_bytes, listed, star
 from .place import check_place, check_room
-from .plan import WEIGHTS
 from .rank_sets import find
 from .relay import in_nests
 from .remote import is_remote
@@ -192,6 +191,8 @@ def merge_plan(
     told = Given(layouts or {}, rules or {}, records, sizes, kv, pad_vocab_to)
     source = _read(Path(path), told) or foreign_ranks(path, told)
     if source is None:
+        if not Path(path).exists():
+            raise FormatError("no such file or folder", file=str(path))
         raise PlanError("there are no ranks here", where=path, expected=f"folders {folder_of(0, 2)}, {folder_of(1, 2)}, each with {TABLE}; "
                         "folders rank0, rank1; or vLLM's model-rank-0-part-0.safetensors")  # fmt: skip
     if tp is not None and tp != source.world.world:

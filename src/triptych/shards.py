@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 from . import formats, stamp
 from .errors import FormatError, LayoutError, PlanError
-from .formats import Header, Other, Stored, Tensor
+from .formats import MARKER, Header, Other, Stored, Tensor
 from .pieces import listed, shown
-from .place import MARKER
 from .sharding import POLICIES, Cut, Ranks, cut_of, held, local
 from .stamp import Stamped
 

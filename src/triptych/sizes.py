@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from . import axes
 from .errors import SizeError
-from .layout import Layout, count, equation
+from .layout import Layout, count, equation, with_brackets
 
 MAX_DIVISOR_SEARCH = 1 << 20
 
@@ -85,10 +85,10 @@ def _bind(layouts: tuple[Layout, ...], rows: int | None, given: tuple[tuple[str,
         known = _solve(layouts, rows, sizes, used, n_is_free)
     missing = _missing(known, used)
     if missing:
-        wanted = _suggest(missing, known)
+        wanted = _suggest(missing, {"r": 1, **known} if _one_q_per_kv(layouts) else known, used, n_is_free)
         raise SizeError(
             "sizes are missing",
-            layout=" and ".join(map(str, layouts)),
+            layout=" and ".join(dict.fromkeys(map(str, layouts))),
             found=", ".join(f"{k}={v}" for k, v in sizes.items()) or "none",
             expected="sizes for " + ", ".join(used),
             try_=f"give {' and '.join(wanted)}{'' if rows is not None else ', or all but one of them and rows='}; "
@@ -110,9 +110,16 @@ def _missing(known: Mapping[str, int], used: list[str]) -> list[str]:
     return [axis for axis in used if axes.ALIASES.get(axis, axis) not in known]
 
 
-def _suggest(missing: list[str], known: Mapping[str, int]) -> list[str]:
-    if "r" in missing and "g" in missing and "h" in known:
-        return ["g" if name == "g" else name for name in missing if name != "r"]
+def _suggest(missing: list[str], known: Mapping[str, int], used: list[str], n_is_free: bool) -> list[str]:
+    """Those of the missing sizes that must be given: r follows from h and g, n from g and t."""
+    for name in reversed(missing):
+        rest = [other for other in missing if other != name]
+        try:
+            trial = axes.resolve({**known, **{axes.ALIASES.get(other, other): 1 for other in rest}}, used, n_is_free)
+        except SizeError:  # with so many of them given there is nothing to solve
+            continue
+        if not _missing(trial, [name]):
+            missing = rest
     return missing
 
 
@@ -153,6 +160,7 @@ def _solve(layouts: tuple[Layout, ...], rows: int, sizes: dict[str, int], used: 
             layout=" and ".join(map(str, layouts)) + (f" with {Sizes(sizes)}" if sizes else ""),
             found=listed or None,
             equation=None if fits else _hint(layouts[0], rows, trial, name),
+            try_=f"did you mean {meant}?" if (meant := with_brackets(layouts[0])) else None,
         )
     return base
 
@@ -180,12 +188,15 @@ def does_not_fit(layout: Layout, rows: int, sizes: Sizes, tensor: str | None = N
     need = count(layout.factors, sizes)
     ratio = f" = {rows // need} * {need}" if rows % need == 0 and rows > need else ""
     fits = [f"{name}={value}" for name, value in _fitting(layout, rows, sizes)]
+    meant = with_brackets(layout)
     return SizeError(
         "rows do not fill the layout",
         tensor=tensor,
         layout=f"{layout} with {sizes.of(layout)}   -> {equation(layout.factors, sizes)} = {need} rows",
         found=(f"{tuple(shape)}   -> " if shape else "") + f"{rows} rows{ratio}",
-        try_=(f"{' or '.join(fits)} fits this layout; " if fits else "") + "`triptych detect FILE` ranks all that fit",
+        try_=f"did you mean {meant}?"
+        if meant
+        else (f"{' or '.join(fits)} fits this layout; " if fits else "") + "`triptych detect FILE` ranks all that fit",
     )
 
 

@@ -13,6 +13,7 @@ import json
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from .axes import ALIASES
@@ -70,7 +71,7 @@ def decode(file: Header) -> dict[str, Stamped]:
 
 def _stamped(name: str, entry: Any, file: str) -> Stamped:
     try:
-        layout, sizes, axis = Layout(entry["layout"]), _sizes(entry["sizes"]), entry["axis"]
+        layout, sizes, axis = _layout(entry["layout"]), _sizes(entry["sizes"]), entry["axis"]
         projection, parts, kind, rope = (
             entry.get("projection", name),
             entry.get("parts", {}),
@@ -85,6 +86,9 @@ def _stamped(name: str, entry: Any, file: str) -> Stamped:
     if type(axis) is not int or axis < 0 or not all(isinstance(text, str) for text in texts):
         raise FormatError("the stamp is damaged", tensor=name, file=file, found=reprlib.repr(entry))
     return told
+
+
+_layout = lru_cache(maxsize=1024)(Layout)  # one value for all tensors that are stamped alike
 
 
 def _sizes(table: Mapping[str, int]) -> dict[str, int]:

@@ -18,15 +18,18 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from . import axes
 from .errors import LayoutSyntaxError
 
-MAX_TEXT, MAX_DEPTH, MAX_PARTS = 4096, 32, 256
+MAX_TEXT, MAX_DEPTH, MAX_PARTS, MAX_WAY = 4096, 32, 256, 64
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
+    """One axis, by its name."""
+
     name: str
 
     def __str__(self) -> str:
@@ -48,6 +51,8 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
+    """Branches one after the other."""
+
     branches: tuple[Branch, ...]
 
     def __str__(self) -> str:
@@ -79,6 +84,7 @@ class Path:
 
 
 def text_of(factors: tuple[Factor, ...]) -> str:
+    """The text of a product; `parse` reads the same factors out of it."""
     if len(factors) == 1 and isinstance(factors[0], Sum) and len(factors[0].branches) > 1:
         return str(factors[0])[1:-1]
     return " ".join(map(str, factors))
@@ -86,6 +92,13 @@ def text_of(factors: tuple[Factor, ...]) -> str:
 
 def parse(source: str) -> tuple[Factor, ...]:
     """The factors of a layout. Raises LayoutSyntaxError, which underlines the mistake."""
+    if not isinstance(source, str):
+        raise LayoutSyntaxError(f"a layout is text, not {type(source).__name__}", repr(source)[:60], (0, 1))
+    return _parsed(source)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(source: str) -> tuple[Factor, ...]:
     return _Parser(source).layout()
 
 
@@ -105,14 +118,14 @@ def paths(factors: tuple[Factor, ...]) -> Iterator[Path]:
         yield Path(("",), False, ())
         return
     first, rest = factors[0], factors[1:]
-    for tail in paths(rest):
-        if isinstance(first, Axis):
+    if isinstance(first, Axis):
+        for tail in paths(rest):
             yield Path(tail.names, tail.zero, (first.name, *tail.axes))
-    if isinstance(first, Sum):
-        for branch in first.branches:
-            for path in paths((*branch.factors, *rest)):
-                names = [dotted(pair) for pair in itertools.product(branch.names or ("",), path.names)]
-                yield Path(tuple(names), branch.zero or path.zero, path.axes)
+        return
+    for branch in first.branches:
+        for path in paths((*branch.factors, *rest)):
+            names = [dotted(pair) for pair in itertools.product(branch.names or ("",), path.names)]
+            yield Path(tuple(names), branch.zero or path.zero, path.axes)
 
 
 _TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*)|([0-9]+)|(->)|(.))", re.DOTALL)
@@ -141,8 +154,6 @@ class _Word:
 
 class _Parser:
     def __init__(self, source: str) -> None:
-        if not isinstance(source, str):
-            raise LayoutSyntaxError(f"a layout is text, not {type(source).__name__}", repr(source)[:60], (0, 1))
         if len(source) > MAX_TEXT:
             raise LayoutSyntaxError(f"a layout of {len(source)} characters", source[:60] + "...", (0, 60))
         self.source = source
@@ -278,6 +289,8 @@ def _check(factors: tuple[Factor, ...], parser: _Parser) -> None:
     """No part twice, no axis twice on the way to a part: then all labels differ."""
     if _ways(factors) > MAX_PARTS:
         raise parser.fail(f"more than {MAX_PARTS} parts", parser.words[0])
+    if _longest(factors) > MAX_WAY:
+        raise parser.fail(f"more than {MAX_WAY} axes and brackets on the way to a part", parser.words[0])
     names: set[str] = set()
     for path in paths(factors):
         for name in path.names:
@@ -297,7 +310,15 @@ def _check(factors: tuple[Factor, ...], parser: _Parser) -> None:
 
 
 def _ways(factors: tuple[Factor, ...]) -> int:
-    return math.prod(sum(_ways(branch.factors) for branch in factor.branches) for factor in factors if isinstance(factor, Sum))
+    """How many parts there are, every name of one counted."""
+    sums = (factor.branches for factor in factors if isinstance(factor, Sum))
+    return math.prod(sum(max(1, len(branch.names)) * _ways(branch.factors) for branch in branches) for branches in sums)
+
+
+def _longest(factors: tuple[Factor, ...]) -> int:
+    """Axes and brackets on the longest way to a part."""
+    sums = (factor.branches for factor in factors if isinstance(factor, Sum))
+    return len(factors) + sum(max(_longest(branch.factors) for branch in branches) for branches in sums)
 
 
 def _twice(parser: _Parser, name: str, what: str, try_: str) -> LayoutSyntaxError:

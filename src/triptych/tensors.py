@@ -40,7 +40,7 @@ class Parts(tuple[Tensor, ...]):
         raise AttributeError(f"no part {name!r}; there are {', '.join(self.names)}")
 
     def __getitem__(self, key: Any) -> Any:
-        return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
+        return self.__getattr__(key) if isinstance(key, str) else tuple.__getitem__(self, key)  # a part may be called `count` or `index`
 
     def __reduce__(self) -> tuple[object, ...]:
         return _named, (self.names, tuple(self))
@@ -93,7 +93,7 @@ def fuse(
         out: where to write; then nothing is allocated and `out` is returned.
         sizes: needed only where the shapes leave them open.
     Returns: a new tensor, or `out`. Gradients flow through.
-    Raises LayoutError for missing or surplus parts, SizeError for shapes that do not fit.
+    Raises LayoutError for missing or surplus parts and for parts of several dtypes, SizeError for shapes that do not fit.
 
     >>> fuse({"q": np.array([[0, 1]]), "k": np.array([[2, 3]]), "v": np.array([[4, 5]])}, "h (q|k|v) d").tolist()
     [0, 1, 2, 3, 4, 5]
@@ -114,6 +114,8 @@ def fuse(
                     expected=(*batch[:axis], *part.shape, *batch[axis:]),
                     found=shape_of(named[name]),
                 )
+    if other := next((name for name, part in named.items() if part.dtype != some.dtype), None):
+        raise LayoutError("parts have different dtypes", tensor=other, expected=some.dtype, found=named[other].dtype)
     tree = tree_of(layout, bound)
     if out is None:
         return close_axis(iter([named.get(leaf.name) for leaf in tree.leaves]), axis, tree.root, batch, some)
@@ -147,7 +149,7 @@ def repack(tensor: Tensor, source: Layout | str, target: Layout | str, axis: int
     axis = normal_axis(axis, tensor.ndim, tensor.shape)
     bound = _bound((source, target), shape_of(tensor), axis, sizes)
     for part in parts(source, bound):
-        if part.path.zero and bool((move(tensor, from_indices(part.rows().ravel(), tensor.shape[axis]), axis) != 0).any()):
+        if part.path.zero and bool((bits(move(tensor, from_indices(part.rows().ravel(), tensor.shape[axis]), axis)) != 0).any()):
             raise LayoutError(
                 "rows that the layout declares zero are not zero",
                 layout=f"{source} with {bound.of(source)}",

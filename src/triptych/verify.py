@@ -20,7 +20,7 @@ from .layout import Layout
 from .listing import listing, origins
 from .packed import BY_RECORD
 from .ranges import Ranges
-from .ranked import prove_ranks, ranks_below
+from .ranked import are_ranks, prove_ranks
 from .remote_skeleton import reading_urls
 from .rowproof import Proof, Rows, beside, prove_same, prove_zeros
 
@@ -53,12 +53,12 @@ def verify(
     """Prove that the checkpoint `out` holds what `path` holds, row by row, byte by byte.
 
     Args:
-        path, layouts, records, sizes: the input, as for `inspect`; either side may be a folder of ranks (`shard`).
+        path, layouts, records, sizes: the input, as for `inspect`; either side may be ranks, of `shard` or of others.
         out: the output; its stamp says how its rows lie, or with any of the following they do.
         to, rope, orientation, overrides, names: what was asked of the conversion, as for `convert`. A stamp must say the same.
     Raises MismatchError at the first row that differs, with its tensor, part, head and dim; FormatError and others as `inspect` does.
     """
-    if ranks_below(path) or ranks_below(out):
+    if are_ranks(path) or are_ranks(out):
         if asked_for(to, rope, orientation, overrides or {}, names or {}):
             raise PlanError(
                 "ranks hold the rows of the input, and nothing else can be asked of them", expected="no --to, --rope and the like"

@@ -117,6 +117,7 @@ def weave(sources: tuple[Layout, ...], target: Layout, sizes: Sizes) -> Weave:
 
 @lru_cache(maxsize=1024)
 def tree_of(layout: Layout, sizes: Sizes) -> Tree:
+    """How an axis laid out as `layout` is opened, with all sizes in it."""
     leaves: list[Leaf] = []
     root = _node(layout.factors, 0, layout.factors, sizes, iter(layout.paths), leaves)
     at = {name: i for i, path in enumerate(layout.paths) for name in path.names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,19 @@ from . import formats, parallel, quantised
 from .agree import checked
 from .checkpoint import Checkpoint, known
 from .errors import PlanError
-from .families import load_records
+from .families import CONTRADICTED, load_records
 from .families.config import towers
 from .formats import Stored, Tensor
 from .moves import stamp_of
-from .packed import BY_STAMP, Packed
+from .packed import BY_RECORD, BY_STAMP, Packed
 from .parallel import COLUMN, COPY, ROW, STACKED, VOCAB, Role
 from .pieces import base_names, star
-from .quantised import GROUPED, IN, Pack, Quantised
+from .quantised import BLOCK, GROUPED, IN, Pack, Quantised, block_of, group_of
 from .sharding import EVEN, HEADS, Cut, along, even, has_heads, vocab
 from .shards import Sharded, Whole, stamped
+from .unknown import refusal
 
-SCALES = ("_scale_inv", "_scale")
-BLOCK = 128
-"""Rows and columns of one FP8 scale, where the config does not say."""
+SCALES = ("_scale_inv", "_scale", "_zero_point")
 
 
 def wholes_of(
@@ -38,7 +36,7 @@ def wholes_of(
         raise PlanError("ranks are made of a folder", where=path, try_=f"give its folder: {path.parent}")
     if head := next((file.file for file in stored.files if file.head), None):
         raise PlanError("ranks are written as safetensors, which has no such dtypes", file=head)
-    packed = quantised.unpacked(stored, [*rules, *map(escape, stamped(stored.files))])
+    packed = quantised.unpacked(stored, rules, skip=stamped(stored.files))
     checkpoint = known(packed.plain, layouts, sizes, records=load_records(records) if records else ())
     wholes = tuple(Deciding(checkpoint, rules, stored, packed).all())
     agreements = checked(path, checkpoint.projections, packed.plain.tensors)
@@ -57,11 +55,17 @@ class Deciding:
         self.config: Mapping[str, Any] = formats.read_config(stored) or {}
         self.types = frozenset(view.type for view in towers(self.config) if not out_in)
         self.hand = parallel.by_hand(rules, self.tensors)
-        self.packed = {piece.tensor: (one, n) for one in checkpoint.projections for n, piece in enumerate(one.pieces)}
+        self.packed = {piece.tensor: (one, n) for one in checkpoint.projections for n, piece in enumerate(one.pieces)
+                       if not one.source.startswith(BY_RECORD) or not self._in_blocks(piece.tensor)}  # fmt: skip
         self.stamps = stamped(stored.files)
         weights = [(name, one) for name, (one, _) in self.packed.items() if len(self.tensors[name].shape) == 2]
         self.outputs = {name.rsplit(".", 2)[0]: one.axis for name, one in weights if name.count(".") > 1}
         self.cuts: dict[str, tuple[Cut | None, str] | None] = {}
+
+    def _in_blocks(self, name: str) -> bool:
+        """Whether a tensor scales blocks of rows of another, with which it goes whatever heads they are of."""
+        base = next((name.removesuffix(tail) for tail in SCALES if name.endswith(tail)), "")
+        return base in self.tensors and self.tensors[base].shape[:1] != self.tensors[name].shape[:1]
 
     def all(self) -> Iterator[Whole]:
         unsaid = [name for name in self.stored.tensors if self.cut(name) is None]
@@ -80,6 +84,8 @@ class Deciding:
         name = pack.base if pack else unsaid[0]
         more = f"  and {len(unsaid) - 1} more" if len(unsaid) > 1 else ""
         tensor = self.tensors[name]
+        if CONTRADICTED in self.checkpoint.unknown.get(name, ""):
+            return refusal(self.checkpoint)
         if name in self.checkpoint.unknown:
             return PlanError("the layout of a fused tensor is not known", tensor=name + more, found=self.checkpoint.unknown[name],
                              try_=f"--layout '{star(name)}=LAYOUT' -s h=HEADS, or --rule '{star(name)}=copy'")  # fmt: skip
@@ -154,12 +160,20 @@ class Deciding:
         if decided is None or decided[0] is None or math.prod(tensor.shape) <= 1:
             return (None, f"scales {base.name}") if decided else None
         cut, why = decided[0], f"scales {base.name}"
-        rows = base.shape[cut.axis]
-        here = tensor.shape[cut.axis] if cut.axis < len(tensor.shape) else 1
+        rows, dims = base.shape[cut.axis], len(tensor.shape)
+        if dims != len(base.shape):  # one for each row, or for each expert
+            if tensor.shape != base.shape[:dims] or (dims > 1 and tensor.shape[-1] == base.shape[-1]):
+                raise PlanError("scales do not fit the tensor that they scale", tensor=tensor.name, found=tensor.shape,
+                                expected=f"those of the first axes of {base.name} {base.shape}")  # fmt: skip
+            return (cut, why) if cut.axis < dims else (None, why)
+        here = tensor.shape[cut.axis]
         if here == rows:
             return cut, why
         if here == 1:
             return None, why
+        group = group_of(self.config, base) if cut.axis == len(base.shape) - 1 else None
+        if group and here * group == rows:
+            return Cut(cut.role, cut.axis, cut.layout, cut.sizes, group, rows), why
         block = block_of(self.config, cut.axis - len(base.shape)) or BLOCK
         for period in dict.fromkeys((rows, *([rows // cut.sizes["t"]] if "t" in cut.sizes else []))):
             if here == rows // period * -(-period // block):
@@ -183,15 +197,7 @@ def cut_of_pack(name: str, pack: Pack, whole: Cut | None, tensors: Mapping[str, 
                            for other in GROUPED if f"{stem}.{other}" in tensors),
         )  # fmt: skip
     for axis, (of, block) in enumerate(pack.axes):
-        if of == whole.axis and (tensor.shape[axis] > 1 or block == 1):
+        for_all = of == IN and word in GROUPED and tensor.shape[axis] == 1  # one word for all is no scale for all: it is cut, or refused
+        if of == whole.axis and not for_all:
             return replace(whole, axis=axis, block=block, period=weight.shape[of] if block > 1 else 0)
-    return None
-
-
-def block_of(config: Mapping[str, Any], axis: int) -> int | None:
-    """Rows (axis -2) or columns (axis -1) that share a FP8 scale, as the config says."""
-    told = config.get("quantization_config")
-    sizes = told.get("weight_block_size") if isinstance(told, Mapping) else None
-    if isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and 0 < size < 1 << 20 for size in sizes):
-        return int(sizes[axis])
     return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from ..errors import FormatError, TriptychError, cut
 from ..layout import Layout
 from ..sizes import Sizes, bind
-from .match import Claim, Hit, Shape, claims_of, ending_in, hits_of, index_of, tail_of
+from .match import Claim, Hit, Pattern, Shape, claims_of, ending_in, hits_of, index_of, tail_of
 from .records import Record, entry_point_records, find
 from .sized import applies, rotary, sizes_of, uses_layer
 
@@ -100,12 +101,41 @@ def declared(
     for name in suspects:
         if name not in outcomes.told and name not in outcomes.unknown:
             outcomes.unknown[name] = _why_unknown(config, claims)
+    outcomes.unknown.update(wrapped(shapes, index))
     known = [claim for claim in claims if claim.rank < 3]
     family = family or (known and cut(str((config or {}).get("model_type") or known[0].record.name))) or None
     return Declaration(family, tuple(outcomes.projections), _sentences(outcomes.unknown), outcomes.unknown)
 
 
 _FUSED_TAILS = frozenset(f"{name}{end}" for name in LOOKS_FUSED for end in ("", ".weight", ".bias"))
+_WRAPS = (
+    "base_layer", "lora_B", "lora_magnitude_vector", "ia3_l", "vera_lambda_b", "hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w2", "oft_R",
+    "boft_R", "parametrizations", "weight_orig", "weight_v", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+)  # fmt: skip
+"""Components behind a module's name whose tensors have its rows, or mix them: PEFT's adapters, torch's parametrizations and wrappers."""
+
+
+def wrapped(names: Collection[str], index: Mapping[str, Sequence[Pattern]] | None = None) -> dict[str, str]:
+    """Tensors inside a wrapped module whose name looks fused, or that a record (`index`) names; with the reason why they are not known.
+
+    >>> list(wrapped(["h.0.attn.c_attn.lora_A.weight", "h.0.attn.c_attn.lora_B.weight", "h.0.attn.q_proj.lora_B.weight"]))
+    ['h.0.attn.c_attn.lora_B.weight']
+    """
+    text = "\n".join(names)
+    words = tuple(word for word in _WRAPS if f".{word}" in text)
+    out: dict[str, str] = {}
+    for name in names if words else ():
+        place = name.split(".")
+        for at, (module, inside) in enumerate(itertools.pairwise(place), 1):
+            if inside.startswith(words) and (module in LOOKS_FUSED or _is_named(place, at, index or {}, names)):
+                out[name] = f"it is {inside} of {module}, whose name looks fused" if module in LOOKS_FUSED else f"it lies inside {inside}"
+    return out
+
+
+def _is_named(place: Sequence[str], at: int, index: Mapping[str, Sequence[Pattern]], names: Collection[str]) -> bool:
+    """Whether a record names the tensor without the component `at`, or the weight of the module before it."""
+    plain = ".".join((*place[:at], *place[at + 1 :])), ".".join((*place[:at], "weight"))
+    return any(hits_of(name, index.get(tail_of(name), ()), names) for name in plain)
 
 
 class _Sized(NamedTuple):

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import FormatError, TriptychError
+from ..layout import Layout
 from ..sizes import bind
 from .config import View, class_defaults, towers
+from .match import Claim, Hit, hits_of, index_of, tail_of
 from .records import Entry, Record, all_records, find, lookup
 from .sized import applies, rotary, sizes_of
 
@@ -25,6 +27,35 @@ def show(name: str, config: Mapping[str, Any] | None = None) -> list[dict[str, A
     if config is not None and not isinstance(config, Mapping):
         raise FormatError("a config is a table", found=repr(config)[:60], expected="the content of config.json")
     return [_row(record, entry, view) for record, view in _parts(name, config) for entry in record.entries]
+
+
+def namesakes(name: str, shape: tuple[int, ...]) -> dict[str, list[str]]:
+    """Layouts that records give fused tensors of such a name, where such a matrix can have them, with the records' names.
+
+    Names prove nothing: this is for people. First come records that say most of the name, of those first files that have no config.json.
+
+    >>> namesakes("transformer.h.0.attn.c_attn.weight", (2304, 768))
+    {'(q|k|v) h d': ['nanogpt', 'qwen'], '(q h|k g|v g) d': ['codeshell', 'gpt_bigcode'], 'h (q|k|v) d': ['gpt_bigcode']}
+    """
+    claims = [Claim(record, entry, View({}, ""), 1) for record in all_records() for entry in record.entries if entry.on_disk]
+    hits = [hit for hit in hits_of(name, index_of(claims).get(tail_of(name), ()), {name: shape}) if not hit.part and not hit.tail]
+    out: dict[str, list[str]] = {}
+    for hit in sorted(hits, key=_standing):
+        if _may_have(hit.claim.entry.layout, shape, hit.claim.entry.axis):
+            who = out.setdefault(str(hit.claim.entry.layout), [])
+            who += [hit.claim.record.name] * (hit.claim.record.name not in who)
+    return out
+
+
+def _standing(hit: Hit) -> tuple[int, bool]:
+    said = hit.claim.entry.home + hit.claim.entry.name
+    return -said.count("."), hit.claim.record.ecosystem == "transformers"
+
+
+def _may_have(layout: Layout, shape: tuple[int, ...], axis: int) -> bool:
+    """Whether a matrix may have a layout: where all parts have all heads, each has as many rows as there are inputs."""
+    parts = [path for path in layout.paths if not path.zero]
+    return len(shape) == 2 and (len({path.axes for path in parts}) > 1 or shape[axis] == len(parts) * shape[1 - axis])
 
 
 def _parts(name: str, config: Mapping[str, Any] | None) -> Iterator[tuple[Record, View | None]]:

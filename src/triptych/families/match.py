@@ -109,14 +109,14 @@ def index_of(claims: Sequence[Claim]) -> dict[str, Sequence[Pattern]]:
     return dict(index)
 
 
-def hits_of(name: str, patterns: Sequence[Pattern], shapes: Mapping[str, Shape]) -> list[Hit]:
+def hits_of(name: str, patterns: Sequence[Pattern], names: Container[str]) -> list[Hit]:
     """The claims that a tensor's name fits; of several sub-configs those that the name speaks of."""
     hits = []
     for pattern in patterns:
         if match := pattern.regex.match(name):
             home, *rest = match.groups()
             beside = pattern.claim.entry.beside
-            if not beside or all((f"{home}{other.lstrip('!')}" in shapes) != other.startswith("!") for other in beside):
+            if not beside or all((f"{home}{other.lstrip('!')}" in names) != other.startswith("!") for other in beside):
                 numbers = tuple(zip(pattern.holes, map(int, rest), strict=True)) if rest else ()
                 hits.append(Hit(pattern.claim, pattern.part, pattern.tail, numbers, home))
     if not any(hit.claim.view.path for hit in hits):

@@ -17,11 +17,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from ..errors import FormatError, LayoutError
 from ..layout import Layout
 
 DATA = Path(__file__).parent / "data"
+GROUP = "triptych.families"
+"""The entry point group under which packages offer records."""
 KINDS = ("attention", "mla", "mlp", "linear")
 MAX_FILE = 1 << 20
 PACKAGE = "transformers==5.23.0"
@@ -72,7 +76,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Record:
-    """One family: its model types, and where and when its entries were read."""
+    """One family: its model types, and where and when its entries were read.
+
+    `switches`: keys of the config, true or false, that choose between two orders of the same rows and change nothing else in the code.
+    """
 
     name: str
     types: tuple[str, ...]
@@ -82,10 +89,11 @@ class Record:
     note: str
     defaults: Mapping[str, Any] = field(hash=False)
     entries: tuple[Entry, ...] = ()
+    switches: tuple[str, ...] = ()
 
 
 _FAMILY: dict[str, Any] = dict.fromkeys(["name", "ecosystem", "package", "source", "checked", "note", "like", "template"], str)
-_FAMILY |= {"types": (list, dict), "defaults": dict, "tensor": list}
+_FAMILY |= {"types": (list, dict), "defaults": dict, "switches": list, "tensor": list}
 _TENSOR: dict[str, Any] = dict.fromkeys(["join", "layout", "bias_layout", "when", "rope", "rotary", "kind", "source", "note"], str)
 _TENSOR |= {
     "fused": (str, list),
@@ -195,6 +203,7 @@ def _record(raw: dict[str, Any], where: str) -> Record:
         note=raw.get("note", ""),
         defaults=raw["defaults"],
         entries=tuple(_entry(tensor, source, f"{where}, tensor {tensor.get('fused') or tensor.get('join')}") for tensor in tensors),
+        switches=tuple(_strings(raw.get("switches", []), "switches", where)),
     )
 
 
@@ -334,11 +343,33 @@ def entry_point_records() -> tuple[Record, ...]:
 
     Raises FormatError, naming the package, when one of them cannot be loaded.
     """
+    if not _may_be_offered():
+        return ()
+    from importlib.metadata import entry_points  # loads as much as all the rest of a small conversion
+
     records: list[Record] = []
-    for point in entry_points(group="triptych.families"):
+    for point in entry_points(group=GROUP):
         try:
             path = point.load()()
         except Exception as error:
-            raise FormatError("an entry point of triptych.families fails", where=str(point.value), found=str(error)[:200]) from error
+            raise FormatError(f"an entry point of {GROUP} fails", where=str(point.value), found=str(error)[:200]) from error
         records += load_records(path)
     return tuple(records)
+
+
+def _may_be_offered() -> bool:
+    """Whether an installed package names the group, or packages lie where only Python finds them: in archives, or with other finders."""
+    if any(hasattr(finder, "find_distributions") for finder in sys.meta_path if finder is not PathFinder):
+        return True
+    for place in map(Path, dict.fromkeys(sys.path)):
+        try:
+            found = [path for path in place.iterdir() if path.name.lower().endswith("-info")]
+        except NotADirectoryError:
+            return True
+        except OSError:
+            continue
+        for path in found:
+            with suppress(OSError):
+                if GROUP.encode() in (path / "entry_points.txt").read_bytes():
+                    return True
+    return False

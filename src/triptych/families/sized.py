@@ -11,6 +11,8 @@ from .config import View
 from .formula import Missing, Names, evaluate
 from .records import Entry
 
+CONTRADICTED = "the config contradicts the given size"
+
 
 @lru_cache(maxsize=4096)
 def uses_layer(entry: Entry) -> bool:
@@ -42,9 +44,7 @@ def sizes_of(entry: Entry, view: View, numbers: Mapping[str, int], given: Mappin
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SizeError(f"the size of {axis!r} must be a positive whole number", found=f"{axis}={value!r}"[:60], equation=text)
         if given and given.get(axis, value) != value:
-            raise SizeError(
-                f"the config contradicts the given size of {axis!r}", found=f"{axis}={value} in the config, {axis}={given[axis]} given"
-            )
+            raise SizeError(f"{CONTRADICTED} of {axis!r}", found=f"{axis}={value} in the config, {axis}={given[axis]} given")
         out[axis] = value
     used = {*entry.layout.axes, "h", "g", "r", "d"}
     return {**{axis: size for axis, size in (given or {}).items() if axis in used}, **out}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import reprlib
+import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ MAX_JSON = 1 << 26
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 """The usual names, the better first; with `INDEX` behind it the name of an index."""
 INDEX = ".index.json"
+MARKER = ".triptych-unfinished.json"
+"""Lies in the folder of an output until the conversion is complete."""
+POINTER = b"version https://git-lfs"
 SUFFIXES = ((".safetensors",), torch_zip.SUFFIXES, (gguf.SUFFIX,))
 
 
@@ -63,6 +67,8 @@ def read(path: str | Path) -> Stored:
     """Headers and index of a checkpoint, checked against each other and against the sizes of the files. Raises FormatError."""
     path = Path(path)
     if path.is_dir():
+        if (path / MARKER).exists():
+            raise FormatError("the input is an unfinished conversion", file=str(path), try_="run that conversion again first")
         index, names = _weights(path)
         root = path
     elif path.exists():
@@ -82,12 +88,34 @@ def read(path: str | Path) -> Stored:
     found = [_read_file(root / name) for name in names]
     files, notes = tuple(header for header, _ in found), tuple(note for _, more in found for note in more)
     tensors = _join(files, weight_map if index else None, index)
-    others = tuple(_others(root, {index, *(file.file for file in files)})) if path.is_dir() else ()
+    links: list[str] = []
+    others = tuple(_others(root, {index, *(file.file for file in files)}, links)) if path.is_dir() else ()
+    notes += tuple(f"{link} is left out: a link to a folder" for link in links)
     return Stored(path, root, files, index, metadata, others, tensors, notes)
 
 
 def _read_file(path: Path) -> tuple[Header, tuple[str, ...]]:
     """The header of a file of any format, and what there is to say about it."""
+    try:
+        return _header(path)
+    except FormatError as error:
+        error.fields["file"] = str(path)
+        raise _not_fetched(path) or error from None
+
+
+def _not_fetched(path: Path) -> FormatError | None:
+    """The error for a file that is of no format because its content is elsewhere."""
+    try:
+        with os.fdopen(open_file(path), "rb") as file:
+            first = file.read(len(POINTER))
+    except FormatError:
+        return None
+    if first == POINTER:
+        return FormatError("the file is a pointer of git-lfs, not what it points to", file=str(path), try_="git lfs pull")
+    return None if first else FormatError("the file is empty", file=str(path), try_="fetch it again")
+
+
+def _header(path: Path) -> tuple[Header, tuple[str, ...]]:
     if path.name.endswith(torch_zip.SUFFIXES):
         found = torch_zip.read(path)
         return found.plain(), found.notes
@@ -110,9 +138,9 @@ def read_json(path: Path) -> dict[str, Any]:
     with os.fdopen(fd, "rb") as file:
         raw = file.read(MAX_JSON + 1)
     if len(raw) > MAX_JSON:
-        raise FormatError("a JSON file is too large", file=path.name, expected=f"at most {MAX_JSON} bytes")
+        raise FormatError("a JSON file is too large", file=str(path), expected=f"at most {MAX_JSON} bytes")
     with without_gc():
-        return parse_json(raw, path.name)
+        return parse_json(raw, str(path))
 
 
 def index_bytes(weight_map: Mapping[str, str], total_size: int, metadata: Mapping[str, Any]) -> bytes:
@@ -141,11 +169,14 @@ def _weights(folder: Path) -> tuple[str | None, tuple[str, ...]]:
         if single or index:
             raise FormatError("more than one checkpoint in this folder", where=str(folder), found=", ".join([*index, *single][:6]),
                               try_="give one file, or a folder with one index and its shards")  # fmt: skip
+    below = sorted([*folder.glob("snapshots/*"), *folder.glob("iter_*")])  # the hub's cache of one model; Megatron's of one run
+    ranks = any(re.fullmatch(r"(mp_)?rank[-_]?\d+.*", name) for name in found)
     raise FormatError(
         "no checkpoint in this folder",
         where=str(folder),
-        expected=f"{SINGLE[0]} or {SINGLE[0]}{INDEX}",
+        expected=f"{SINGLE[0]} or {SINGLE[0]}{INDEX}; or one .bin, .pt or .gguf file",
         found=", ".join(found[:6]) or "nothing",
+        try_=str(below[-1]) if below else f"triptych merge {shlex.quote(str(folder))} OUT" if ranks else None,
     )
 
 
@@ -203,10 +234,17 @@ def _lists(weight_map: Mapping[str, str], file: Header) -> bool:
     return set(map(weight_map.get, map(attrgetter("name"), file.tensors))) <= {file.file}
 
 
-def _others(root: Path, taken: set[str | None]) -> Iterator[Other]:
-    """All other files, in folders below too, except in hidden ones; links to files are followed, links to folders are not."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not (Path(folder) / name).is_symlink())
+def _others(root: Path, taken: set[str | None], links: list[str]) -> Iterator[Other]:
+    """All other files, in folders below too, except in hidden ones; links to files are followed, `links` to folders are only listed."""
+
+    def refuse(error: OSError) -> None:
+        raise FormatError("a folder cannot be read", file=str(error.filename), found=error.strerror)
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        seen = sorted(name for name in folders if not name.startswith("."))
+        linked = [name for name in seen if (Path(folder) / name).is_symlink()]
+        links += [(Path(folder) / name).relative_to(root).as_posix() for name in linked]
+        folders[:] = [name for name in seen if name not in linked]
         for name in sorted(names):
             path = Path(folder) / name
             relative = path.relative_to(root).as_posix()
@@ -215,7 +253,10 @@ def _others(root: Path, taken: set[str | None]) -> Iterator[Other]:
             try:
                 info = path.stat()
             except OSError as error:
-                raise FormatError("a file of the folder cannot be read", file=relative, found=error.strerror) from None
+                lost = "a link to nothing" if path.is_symlink() and not path.exists() else error.strerror
+                raise FormatError(
+                    "a file of the folder cannot be read", file=str(path), found=lost, try_="fetch it, or remove it"
+                ) from None
             if not stat.S_ISREG(info.st_mode):
                 raise FormatError("not a regular file", file=relative)
             yield Other(relative, info.st_size, info.st_mtime_ns)

@@ -201,7 +201,7 @@ class _Cursor:
 def _begin(cursor: _Cursor) -> tuple[int, int, int]:
     """(version, number of tensors, number of metadata entries)."""
     if cursor.size < 24 or cursor.take(4) != MAGIC:
-        raise FormatError("not a GGUF file", file=cursor.file, found=f"{cursor.size} bytes", expected=f"{MAGIC!r} at its begin")
+        raise FormatError("not a GGUF file", file=cursor.file, found=f"{cursor.size} bytes", expected="GGUF as its first letters")
     version = cursor.number("<I")
     if version and version & 0xFFFF == 0:
         raise PlanError(

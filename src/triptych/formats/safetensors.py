@@ -175,9 +175,10 @@ def _check_amount(raw: bytes, file: str) -> None:
     """That a text does not take gigabytes when it is parsed. Raises FormatError."""
     if len(raw) <= MAX_LISTS:
         return
-    lists = raw.count(b"[") + raw.count(b"{")
-    if lists > MAX_LISTS or raw.count(b",") > MAX_COMMAS:
-        raise FormatError("the JSON holds too much", file=file, expected=f"at most {MAX_LISTS} lists and tables", found=lists)
+    lists, commas = raw.count(b"[") + raw.count(b"{"), raw.count(b",")
+    if lists > MAX_LISTS or commas > MAX_COMMAS:
+        raise FormatError("the JSON holds too much", file=file, expected=f"at most {MAX_LISTS} lists and tables, and {MAX_COMMAS} commas",
+                          found=f"{lists} and {commas}")  # fmt: skip
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,19 +117,12 @@ def read(path: Path) -> TorchFile:
 
     Raises FormatError (damaged, no torch file), PlanError (legacy, big-endian, TorchScript, compressed, or its pickle asks to run code).
     """
-    fd = open_file(path)
-    try:
-        info = os.fstat(fd)
-        _check_kind(os.pread(fd, 64, 0), info.st_size, path.name)
-        with without_gc():
-            archive = _Archive(fd, info.st_size, path.name)
-            raw = archive.program()
-            tree = load(raw, path.name, archive.steps)
-            named = find_tensors(tree, path.name, SHARED + len(raw))
-            found = {name: archive.tensor(name, value) for name, value in named.tensors.items()}
-            archive.check_apart()
-    finally:
-        os.close(fd)
+    with _opened(path) as (archive, info):
+        raw = archive.program()
+        tree = load(raw, path.name, archive.steps)
+        named = find_tensors(tree, path.name, SHARED + len(raw))
+        found = {name: archive.tensor(name, value) for name, value in named.tensors.items()}
+        archive.check_apart()
     tensors = sorted((one for one in found.values() if isinstance(one, Tensor)), key=lambda tensor: (tensor.start, tensor.stop))
     header = Header(path.name, info.st_size, info.st_mtime_ns, tuple(tensors), {"format": "pt"} if tensors else {})
     strided = tuple(one for one in found.values() if isinstance(one, Strided))
@@ -138,13 +132,18 @@ def read(path: Path) -> TorchFile:
 
 def settings(path: Path) -> dict[str, bool | int | float | str | None]:
     """The plain values that a training program left beside the model: those of `args`, and `checkpoint_version`. Raises as `read`."""
+    with _opened(path) as (archive, _):
+        return dict(plain_settings(load(archive.program(), path.name, archive.steps)))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[_Archive, os.stat_result]]:
     fd = open_file(path)
     try:
         info = os.fstat(fd)
         _check_kind(os.pread(fd, 64, 0), info.st_size, path.name)
         with without_gc():
-            archive = _Archive(fd, info.st_size, path.name)
-            return dict(plain_settings(load(archive.program(), path.name, archive.steps)))
+            yield _Archive(fd, info.st_size, path.name), info
     finally:
         os.close(fd)
 
@@ -156,7 +155,8 @@ def _check_kind(first: bytes, size: int, file: str) -> None:
         raise PlanError("the file has the format that torch wrote before version 1.6", file=file, expected="a zip archive",
                         try_="torch.save(torch.load(FILE, map_location='cpu', weights_only=True), NEW_FILE)")  # fmt: skip
     if first.startswith(b"\x80"):
-        raise PlanError("the file is a bare pickle", file=file, expected="the zip archive that torch.save writes")
+        raise PlanError("the file is a bare pickle", file=file, expected="the zip archive that torch.save writes",
+                        try_="a pickle may run anything: only if you trust it, load it and torch.save its tensors")  # fmt: skip
     raise FormatError("not a torch file", file=file, expected="a zip archive", found=f"{size} bytes that begin with {first[:8]!r}")
 
 

@@ -88,7 +88,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> object:
-        """The value that the pickle builds; raises what `read` says."""
+        """The value that the pickle builds. Raises what `load` says."""
         raw, steps = self.raw, _STEPS
         while True:
             code = raw[self.at]

@@ -1,8 +1,8 @@
 """The records of a zip archive as byte ranges of the file. Nothing is unpacked: a record that is read must be stored as it is.
 
 Read from the end: the end record, with the 64-bit one before it where numbers are large, then the directory, whose entries tell where each
-record's own header lies. One archive has one reading: bytes behind the end record, two records of one name, ranges that overlap or
-leave the file are errors.
+record's own header lies. One archive has one reading: bytes behind the end record, two records of one name and ranges that leave the
+file are errors; that ranges do not overlap is checked of those that hold tensors (torch_zip.py).
 """
 
 from __future__ import annotations

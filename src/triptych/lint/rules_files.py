@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 
+from ..formats import MARKER
 from ..pieces import in_bytes, listed
-from ..place import MARKER
 from .model import ERROR, WARNING, Spot, rule
 from .pickles import is_for_tensors, runs_code
 from .seen import NUMBERED, Seen

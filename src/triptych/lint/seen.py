@@ -144,9 +144,13 @@ def look(path: str | Path, records: str | Path | None, sizes: Mapping[str, int])
 
 
 def _names(root: Path, spots: list[Spot]) -> Iterator[str]:
-    """All files below a folder, hidden folders left out; a spot for each that is no regular file, and where there are too many."""
+    """All files below a folder, hidden folders left out; a spot for all that is no regular file or cannot be read, or is too much."""
     number = 0
-    for folder, folders, names in os.walk(root):
+
+    def refused(error: OSError) -> None:
+        spots.append(Spot(f"a folder cannot be read: {error.strerror}", Path(error.filename).relative_to(root).as_posix()))
+
+    for folder, folders, names in os.walk(root, onerror=refused):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             number += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -68,6 +69,9 @@ def probe(model: Any, *args: Any, **kwargs: Any) -> dict[str, Probed]:
     >>> print(probe(nn.MultiheadAttention(12, 3))["in_proj_weight"])
     (q|k|v) h d  h=3 d=4
     """
+    if isinstance(model, (str, os.PathLike)):
+        raise TraceError("probe takes a module, or a config", found=str(model), expected="a path is no config",
+                         try_="tt.probe(json.load(open('config.json')))")  # fmt: skip
     if not isinstance(model, nn.Module):
         return smallest(model)[1]
     reading = read(model, *args, **kwargs)
