@@ -48,7 +48,7 @@ detect-report: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.detect_report --write
 
 # LLAMA_CPP=PATH: a checkout of llama.cpp, whose converter is then measured too
-CONVERT = $(BIN)/python bench/convert.py --layers 24 --rounds 3
+CONVERT = $(BIN)/python bench/convert.py --layers 24
 bench-convert: .venv/.ready
 	$(CONVERT) --no-sync --peers $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP))
 	$(CONVERT)

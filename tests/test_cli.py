@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_plan_convert_verify(here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not Path("b").exists()
     code, out, err = call(capsys, "convert", "a", "b", *to, "--workers", "1")
     assert code == 0 and out.startswith("b: 1 projections to (q|k|v) h d, 1 tensors unchanged; ") and out.count("\n") == 1
-    assert err == "note: config.json still says gpt_neox, whose own code reads the layout before, not the one after\n"
+    assert err == "note: config.json still says gpt_neox, whose own code does not read the result\n"
     assert call(capsys, "verify", "a", "b", *to) == (0, f"{tt.verify('a', 'b')}\n", "")
     assert json.loads(call(capsys, "verify", "a", "b", "--json")[1]) == tt.verify("a", "b").to_dict()
     code, out, err = call(capsys, "verify", "a", "b", "--to", "h (q|k|v) d")
@@ -103,7 +104,7 @@ def test_interrupts_bugs_and_closed_pipes(here: Path, capsys: pytest.CaptureFixt
     code, out, err = call(capsys, "inspect", "a")
     assert (code, out, err.strip()) == (130, "", "interrupted")
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["triptych.run"], "run", raises(KeyboardInterrupt()))
+        patched.setattr(import_module("triptych.run"), "run", raises(KeyboardInterrupt()))
         code, _, err = call(capsys, "convert", "a", "b", "--to", "split")
     assert code == 130 and "the same command goes on where this one stopped" in err
     monkeypatch.setattr(checkpoint, "inspect", raises(ZeroDivisionError("a bug")))
