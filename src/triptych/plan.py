@@ -122,11 +122,10 @@ def _with_config(made: Plan, checkpoint: Checkpoint, moves: Sequence[Move], reco
         return made
     shapes = {step.tensor: step.shape for file in made.files for step in file.steps}
     setting = settings.needed(checkpoint, moves, shapes, records, sizes)
-    if setting is None:
-        note = f"config.json still says {checkpoint.family}, whose own code does not read the result"
+    if isinstance(setting, bool):
         told = any(move.packed.source.startswith((BY_RECORD, BY_STAMP)) for move in moves)
-        unread = told and not settings.is_read(checkpoint, moves, shapes, records, sizes)
-        return replace(made, notes=(*made.notes, note)) if unread else made
+        note = f"config.json still says {checkpoint.family}, whose own code does not read the result"
+        return replace(made, notes=(*made.notes, note)) if told and not setting else made
     if not any(copy.name == settings.CONFIG for copy in made.copies):  # the output is one file
         return replace(made, notes=(*made.notes, f"the code of {checkpoint.family} reads the result with {setting} in config.json"))
     copies = tuple(copy for copy in made.copies if copy.name != settings.CONFIG)

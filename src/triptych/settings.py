@@ -26,32 +26,16 @@ def needed(
     shapes: Mapping[str, tuple[int, ...]],
     records: Sequence[Record],
     sizes: Mapping[str, int],
-) -> Setting | None:
-    """The setting of the config with which the family's own code reads the output (`shapes` of its tensors); None when it has no switch
-    that tells, or needs none."""
+) -> Setting | bool:
+    """Whether the family's own code reads the output (`shapes` of its tensors) with the config as it is; else the setting of the config
+    with which it does, or False where no switch in it tells."""
     config = read_config(checkpoint.stored)
-    others = list(families.settings(config, records))
-    if not others:
-        return None
     now, moved = _now(checkpoint, moves)
 
-    def reads(table: Mapping[str, object]) -> bool:
+    def reads(table: Mapping[str, object] | None) -> bool:
         return _reads(families.declared(table, shapes, records, sizes), now, moved)
 
-    return None if reads(config or {}) else next((other for other in others if reads(other.config)), None)
-
-
-def is_read(
-    checkpoint: Checkpoint,
-    moves: Sequence[Move],
-    shapes: Mapping[str, tuple[int, ...]],
-    records: Sequence[Record],
-    sizes: Mapping[str, int],
-) -> bool:
-    """Whether the family's own code reads the output with the config as it is; records tell of all attention, and of few others."""
-    now, _ = _now(checkpoint, moves)
-    moved = {piece.tensor for move in moves if move.packed.kind == "attention" for piece in move.pieces}
-    return _reads(families.declared(read_config(checkpoint.stored), shapes, records, sizes), now, moved)
+    return reads(config) or next((other for other in families.settings(config, records) if reads(other.config)), False)
 
 
 def text_of(setting: Setting) -> bytes:
