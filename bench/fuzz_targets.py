@@ -134,7 +134,7 @@ def sizes(place: Path) -> Target:
         return out.getvalue()
 
     seeds = (b"h (q|k|v) d\nh=4\nd=32", b"g (q r|k|v) d\nh=32\ng=8\nd=128", b"m (q|v|k) n d\nm=4\nn=2\nd=3", b"h d\nh=0\nd=-1",
-             b"h d\nh=99999999999999999\nd=1", b"h (rot c p|pass n)\nh=2\np=4\nn=3")  # fmt: skip
+             b"h d\nh=99999999999999999\nd=1", b"h (rot c p|pass n)\nh=2\np=4\nn=3", b"nobody")  # fmt: skip
     return Target(seeds, read, (), words=("h=", "g=", "r=", "d=", "=", "=1", "=2", "=64", "t=", "m=", "n=", "c=2", "p="))
 
 

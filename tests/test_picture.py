@@ -285,7 +285,9 @@ def test_sizes_are_completed_and_missing_ones_named() -> None:
     with pytest.raises(SizeError, match="sizes are missing"):
         explain("h (q|k|v) d", h=4)
     with pytest.raises(SizeError, match="too many rows to draw"):
-        explain("h (q|k|v) d", h=1 << 20, d=128)
+        explain("h (q|k|v) d", h=32, d=1 << 20)
+    with pytest.raises(SizeError, match="at most 2097152 rows, 4096 heads"):
+        explain("h (q|k|v) d", "(q|k|v) h d", h=4097, d=1)
     with pytest.raises(LayoutSyntaxError, match="3 is a size"):
         explain("h 3 d", h=4, d=32)
 

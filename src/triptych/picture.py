@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -24,7 +25,7 @@ from .render_code import convert_lines, part_line, read_lines, variables
 from .sizes import Sizes, bind
 from .words import order, pairing, span
 
-MAX_ROWS = 1 << 24
+MAX_ROWS, MAX_HEADS = 1 << 21, 1 << 12
 LINES = 12
 """A table has about as many lines; more are left out in the middle."""
 
@@ -140,10 +141,10 @@ def explain(layout: Layout | str, read_as: Layout | str | None = None, *, rows: 
     both = (a,) if b is None else (a, b)
     bound = bind(*both, rows=rows, **sizes)
     for one in both:
-        if (total := count(one.factors, bound)) > MAX_ROWS:
-            raise SizeError(
-                "too many rows to draw", layout=f"{one} with {bound.of(one)}", found=f"{total} rows", expected=f"at most {MAX_ROWS}"
-            )
+        total, heads = count(one.factors, bound), max(math.prod(bound[axis] for axis in path.heads) for path in one.paths)
+        if total > MAX_ROWS or heads > MAX_HEADS:
+            raise SizeError("too many rows to draw", layout=f"{one} with {bound.of(one)}", found=f"{total} rows, {heads} heads",
+                            expected=f"at most {MAX_ROWS} rows, {MAX_HEADS} heads")  # fmt: skip
     return _one(a, bound) if b is None else _two(a, b, bound)
 
 
