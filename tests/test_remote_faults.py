@@ -23,7 +23,7 @@ from . import files, remote_servers
 from .remote_relay import KINDS, Relay, relayed
 from .remote_servers import Bucket, serving
 
-server, bucket, small = remote_servers.server, remote_servers.bucket, remote_servers.small
+server, bucket, small, done = remote_servers.server, remote_servers.bucket, remote_servers.small, remote_servers.done
 H, D = 5, 64
 SHARDS: list[dict[str, tuple[str, tuple[int, ...]]]] = [
     {"gpt_neox.layers.0.attention.query_key_value.weight": ("BF16", (3 * H * D, H * D)), "x": ("U8", (1_700_003,))},
@@ -39,12 +39,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     files.checkpoint(folder, SHARDS, CONFIG)
     return folder
-
-
-@pytest.fixture(scope="module")
-def done(source: Path) -> dict[str, bytes]:
-    tt.convert(source, source.with_name(source.name + "-done"), "split")
-    return files.snapshot(source.with_name(source.name + "-done"))
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,8 @@ def reading_urls(*names: str, told: Callable[[Any, dict[str, Skeleton]], Any] | 
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        """The function with a folder of headers in the place of each URL that it is given."""
+
         @wraps(function)
         def call(*args: P.args, **given: P.kwargs) -> R:
             every = {**dict(zip(names, args, strict=False)), **{name: given[name] for name in names if name in given}}
